@@ -1,0 +1,6 @@
+"""Sparsely-gated mixture-of-experts layers for TensorFlow and Keras 3."""
+
+from moe_tf import layers as layers
+from moe_tf import models as models
+from moe_tf.layers.moe import SparseMoE as SparseMoE
+from moe_tf.version import __version__ as __version__

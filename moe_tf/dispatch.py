@@ -1,0 +1,218 @@
+"""Sending tokens to experts and bringing their answers back.
+
+A plan numbers the slots in which experts work, expert by expert, and says
+which assignment (the `j`-th choice of token `t` is assignment `t * K + j`)
+sits in which slot. `dispatch` and `combine` then only gather: each is the
+other's transpose, so their gradients are gathers of the same two tables, and
+no activation is ever scattered.
+
+Letters: `A = T * K` assignments, `S` slots, `N` blocks of `C` slots.
+"""
+
+import math
+import typing
+
+import tensorflow as tf
+from keras import ops
+
+
+class Plan(typing.NamedTuple):
+    """Where each assignment is computed.
+
+    Attributes:
+        assignment_S: int32, the assignment in each slot; `A` if it is empty.
+        slot_TK: int32, the slot of each assignment; `S` if it has none.
+        count_E: int32, how many tokens chose each expert.
+        expert_N: int32, the expert of each block of slots; `None` when slots
+            are not grouped in blocks but lie expert by expert, `count_E` of
+            each.
+    """
+
+    assignment_S: typing.Any
+    slot_TK: typing.Any
+    count_E: typing.Any
+    expert_N: typing.Any = None
+
+
+def plan_rows(expert_TK, num_experts):
+    """One slot for each assignment, expert by expert: nothing is dropped.
+
+    The slots of masked tokens (expert id `num_experts`) come last.
+    """
+    order_A, row_A, count_E = _sort(expert_TK, num_experts)
+    return Plan(order_A, ops.reshape(row_A, ops.shape(expert_TK)), count_E)
+
+
+def plan_blocks(expert_TK, num_experts, block_size):
+    """Blocks of `block_size` slots, each block of one expert; none dropped.
+
+    An expert takes as many blocks as its tokens need. The number of blocks
+    is the most that can be needed, so that shapes depend on shapes alone, as
+    XLA wants.
+    """
+    num_assignments = _size(expert_TK)
+    num_blocks = num_assignments // block_size + num_experts
+    order_A, row_A, count_E = _sort(expert_TK, num_experts)
+    blocks_E = (count_E + block_size - 1) // block_size
+    end_E = ops.cumsum(blocks_E)
+    block_N = ops.arange(num_blocks, dtype="int32")
+    # Blocks past the last needed one fall to the last expert, and are empty.
+    passed_N = ops.sum(
+        ops.cast(block_N[:, None] >= end_E[None, : num_experts - 1], "int32"),
+        axis=1,
+    )
+    first_E = (end_E - blocks_E) * block_size
+    return _place(
+        expert_TK, order_A, row_A, count_E, passed_N, first_E, block_size
+    )
+
+
+def plan_capacity(expert_TK, num_experts, capacity):
+    """One block of `capacity` slots an expert; what overflows is dropped.
+
+    Assignments are placed in the order of their tokens, so the last tokens
+    of a batch are the ones that find an expert full.
+    """
+    order_A, row_A, count_E = _sort(expert_TK, num_experts)
+    expert_N = ops.arange(num_experts, dtype="int32")
+    first_E = expert_N * capacity
+    return _place(
+        expert_TK, order_A, row_A, count_E, expert_N, first_E, capacity,
+        limit=capacity,
+    )  # fmt: skip
+
+
+def capacity(num_assignments, num_experts, capacity_factor):
+    """Slots an expert, `ceil(capacity_factor * A / E)`: an int for an int."""
+    if isinstance(num_assignments, int):
+        return math.ceil(num_assignments * capacity_factor / num_experts)
+    assignments = ops.cast(num_assignments, "float64")
+    slots = ops.ceil(assignments * capacity_factor / num_experts)
+    return ops.cast(slots, "int32")
+
+
+def dispatch(x_TD, plan):
+    """The tokens in the slots, `(S, D)`; zeros in empty slots."""
+    k = plan.slot_TK.shape[-1]
+
+    @tf.custom_gradient
+    def gather(x_TD):
+        def gradient(dx_SD):
+            return sum(_take(dx_SD, plan.slot_TK[:, j], plan) for j in range(k))
+
+        return _take(x_TD, plan.assignment_S // k, plan), gradient
+
+    return gather(x_TD)
+
+
+def combine(y_SD, weight_TK, plan):
+    """Weighted sum of each token's answers, equation 1: `(T, D)`.
+
+    An assignment without a slot adds nothing.
+    """
+    k = plan.slot_TK.shape[-1]
+
+    @tf.custom_gradient
+    def weighted_sum(y_SD, weight_TK):
+        def gradient(dy_TD):
+            dy_SD = _take(dy_TD, plan.assignment_S // k, plan)
+            weight_A = ops.reshape(weight_TK, (-1,))
+            weight_S = _take(weight_A, plan.assignment_S, plan)
+            dweight_S = ops.sum(dy_SD * y_SD, axis=-1)
+            dweight_TK = _take(dweight_S, plan.slot_TK, plan)
+            return dy_SD * weight_S[:, None], dweight_TK
+
+        # A sum over `k` gathers costs half of one gather of (T, K, D).
+        y_TD = sum(
+            weight_TK[:, j, None] * _take(y_SD, plan.slot_TK[:, j], plan)
+            for j in range(k)
+        )
+        return y_TD, gradient
+
+    return weighted_sum(y_SD, weight_TK)
+
+
+def dropped(plan, expert_TK):
+    """How many assignments found their expert full, int32 `(E,)`."""
+    num_experts = plan.count_E.shape[0]
+    without_TK = plan.slot_TK >= _size(plan.assignment_S)
+    return ops.segment_sum(
+        ops.reshape(ops.cast(without_TK, "int32"), (-1,)),
+        ops.reshape(expert_TK, (-1,)),
+        num_segments=num_experts + 1,
+    )[:num_experts]
+
+
+def _sort(expert_TK, num_experts):
+    """Stable order of the assignments by expert, its inverse, and counts."""
+    expert_A = ops.reshape(expert_TK, (-1,))
+    order_A = tf.argsort(expert_A, stable=True)
+    num_assignments = _size(expert_TK)
+    row_A = tf.scatter_nd(
+        order_A[:, None],
+        ops.arange(num_assignments, dtype="int32"),
+        [num_assignments],
+    )
+    count_E = ops.segment_sum(
+        ops.ones_like(expert_A), expert_A, num_segments=num_experts + 1
+    )[:num_experts]
+    return order_A, row_A, count_E
+
+
+def _place(
+    expert_TK,
+    order_A,
+    row_A,
+    count_E,
+    expert_N,
+    first_E,
+    block_size,
+    limit=None,
+):
+    """Lays sorted assignments into blocks of slots.
+
+    The assignments of expert `e` begin at row `offset_E[e]` of the order and
+    at slot `first_E[e]`; those past `limit` get no slot.
+    """
+    num_experts = count_E.shape[0]
+    num_assignments = _size(expert_TK)
+    num_slots = _size(expert_N) * block_size
+    offset_E = ops.cumsum(count_E) - count_E
+    kept_E = count_E if limit is None else ops.minimum(count_E, limit)
+
+    slot_S = ops.arange(num_slots, dtype="int32")
+    expert_S = tf.gather(expert_N, slot_S // block_size)
+    position_S = slot_S - tf.gather(first_E, expert_S)
+    row_S = tf.gather(offset_E, expert_S) + position_S
+    full_S = position_S < tf.gather(kept_E, expert_S)
+    row_S = ops.where(full_S, row_S, 0)
+    assignment_S = ops.where(full_S, tf.gather(order_A, row_S), num_assignments)
+
+    expert_A = ops.reshape(expert_TK, (-1,))
+    known_A = ops.minimum(expert_A, num_experts - 1)
+    position_A = row_A - tf.gather(offset_E, known_A)
+    placed_A = ops.logical_and(
+        expert_A < num_experts, position_A < tf.gather(kept_E, known_A)
+    )
+    slot_A = ops.where(
+        placed_A, tf.gather(first_E, known_A) + position_A, num_slots
+    )
+    slot_TK = ops.reshape(slot_A, ops.shape(expert_TK))
+    return Plan(assignment_S, slot_TK, count_E, expert_N)
+
+
+def _take(x, index, plan):
+    """Rows of `x` at `index`; zeros where `index` is past the last row."""
+    if plan.expert_N is None:  # every assignment has a slot, no slot is empty
+        return tf.gather(x, index)
+    num_rows = ops.shape(x)[0]
+    rows = tf.gather(x, ops.minimum(index, num_rows - 1))
+    found = ops.reshape(
+        index < num_rows, (*ops.shape(index), *[1] * (len(x.shape) - 1))
+    )
+    return ops.where(found, rows, ops.zeros_like(rows))
+
+
+def _size(x):
+    """Number of entries: an int where the shape is known, else a tensor."""
+    return math.prod(ops.shape(x))

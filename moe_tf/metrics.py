@@ -1,0 +1,118 @@
+"""Metrics that show in the logs of `fit` and `evaluate`."""
+
+import keras
+from keras import ops
+
+from moe_tf import numerics
+
+
+@keras.saving.register_keras_serializable(package="moe_tf")
+class Perplexity(keras.metrics.Mean):
+    """Exponential of the mean negative log-likelihood per word.
+
+    `update_state(y_true, y_pred, sample_weight)`: `y_pred` holds the
+    negative log-likelihood of each word in nats, `sample_weight` is 1 for a
+    word that counts and 0 for padding. `y_true` is not looked at. Over
+    several batches the words weigh alike, not the batches.
+    """
+
+    def __init__(self, name="perplexity", dtype=None):
+        super().__init__(name=name, dtype=dtype)
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        super().update_state(y_pred, sample_weight=sample_weight)
+
+    def result(self):
+        return ops.exp(super().result())
+
+
+@keras.saving.register_keras_serializable(package="moe_tf")
+class WordCount(keras.metrics.Sum):
+    """Number of words that counted, from the sample weights."""
+
+    def __init__(self, name="words", dtype=None):
+        super().__init__(name=name, dtype=dtype)
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        if sample_weight is None:
+            sample_weight = ops.ones_like(y_pred)
+        super().update_state(sample_weight)
+
+
+@keras.saving.register_keras_serializable(package="moe_tf")
+class ExpertBalance(keras.metrics.Metric):
+    """How evenly one layer uses its experts, in the numbers of table 6.
+
+    `result()` is a dictionary of scalars, means over the batches since the
+    last reset: the coefficients of variation of importance and load, the
+    largest load over the mean load (1 is perfect), and the fraction of
+    assignments that were dropped. However many experts there are, these stay
+    four. The vectors of the last batch are kept in `importance_E`, `load_E`,
+    `assigned_E` and `dropped_E`.
+
+    Args:
+        num_experts: int.
+        name: string, put before each key of the result.
+    """
+
+    def __init__(self, num_experts, name="balance", dtype="float32"):
+        super().__init__(name=name, dtype=dtype)
+        self.num_experts = num_experts
+        self.importance_E, self.load_E, self.assigned_E, self.dropped_E = (
+            self.add_variable((num_experts,), "zeros", name=vector)
+            for vector in ("importance", "load", "assigned", "dropped")
+        )
+        self.totals = {
+            statistic: self.add_variable((), "zeros", name=statistic)
+            for statistic in BALANCE_STATISTICS
+        }
+        self.batches = self.add_variable((), "zeros", name="batches")
+
+    def update_state(self, importance_E, load_E, assigned_E, dropped_E):
+        """Takes one batch's vectors, each `(num_experts,)`."""
+        vectors = (importance_E, load_E, assigned_E, dropped_E)
+        mine = (self.importance_E, self.load_E, self.assigned_E, self.dropped_E)
+        for variable, vector in zip(mine, vectors, strict=True):
+            variable.assign(ops.cast(vector, self.dtype))
+        values = balance_statistics(*(ops.convert_to_tensor(v) for v in mine))
+        for statistic, value in values.items():
+            self.totals[statistic].assign_add(value)
+        self.batches.assign_add(1.0)
+
+    def result(self):
+        batches = ops.maximum(self.batches, 1.0)
+        return {
+            f"{self.name}_{statistic}": total / batches
+            for statistic, total in self.totals.items()
+        }
+
+    def get_config(self):
+        return {
+            "num_experts": self.num_experts,
+            "name": self.name,
+            "dtype": self.dtype,
+        }
+
+
+BALANCE_STATISTICS = (
+    "cv_importance",
+    "cv_load",
+    "max_over_mean_load",
+    "dropped_fraction",
+)
+
+
+def balance_statistics(importance_E, load_E, assigned_E, dropped_E):
+    """The four scalars of `ExpertBalance` for one batch, as a dictionary.
+
+    A batch without a single routed token gives zeros.
+    """
+    mean_load = ops.maximum(ops.mean(load_E), 1e-10)
+    num_assigned = ops.maximum(ops.sum(assigned_E), 1.0)
+    values = (
+        ops.sqrt(numerics.cv_squared(importance_E)),
+        ops.sqrt(numerics.cv_squared(load_E)),
+        ops.max(load_E) / mean_load,
+        ops.sum(dropped_E) / num_assigned,
+    )
+    return dict(zip(BALANCE_STATISTICS, values, strict=True))

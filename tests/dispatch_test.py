@@ -1,0 +1,135 @@
+import hypothesis
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import strategies as st
+
+from moe_tf import dispatch
+
+
+def plan_of(way, expert_TK, num_experts, size):
+    if way == "rows":
+        return dispatch.plan_rows(expert_TK, num_experts)
+    make = {"blocks": dispatch.plan_blocks, "capacity": dispatch.plan_capacity}
+    return make[way](expert_TK, num_experts, size)
+
+
+@st.composite
+def routings(draw):
+    """Expert ids of some tokens; `num_experts` stands for a masked token."""
+    num_experts = draw(st.integers(1, 6))
+    num_tokens = draw(st.integers(1, 9))
+    k = draw(st.integers(1, num_experts))
+    rows = []
+    for _ in range(num_tokens):
+        if draw(st.integers(0, 4)) == 0:
+            rows.append([num_experts] * k)
+        else:
+            rows.append(draw(st.permutations(range(num_experts)))[:k])
+    return np.array(rows, "int32"), num_experts
+
+
+def kept(expert_TK, num_experts, limit):
+    """Which assignments fit if each expert takes the first `limit`."""
+    taken = np.zeros(num_experts + 1, int)
+    keep_TK = np.zeros(expert_TK.shape, bool)
+    for t, expert_K in enumerate(expert_TK):
+        for j, expert in enumerate(expert_K):
+            keep_TK[t, j] = expert < num_experts and taken[expert] < limit
+            taken[expert] += 1
+    return keep_TK
+
+
+@pytest.mark.parametrize("way", ["rows", "blocks", "capacity"])
+@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.given(routing=routings(), size=st.integers(1, 4))
+def test_every_kept_assignment_is_computed_once_by_its_expert(
+    way, routing, size
+):
+    expert_TK, num_experts = routing
+    num_tokens, k = expert_TK.shape
+    plan = plan_of(way, expert_TK, num_experts, size)
+    limit = size if way == "capacity" else expert_TK.size
+    keep_TK = kept(expert_TK, num_experts, limit)
+
+    x_TD = np.arange(1.0, num_tokens + 1)[:, None] * np.array([[1.0, 10.0]])
+    x_SD = dispatch.dispatch(tf.constant(x_TD), plan).numpy()
+    slot_TK = np.asarray(plan.slot_TK)
+    used = []
+    for t, j in zip(*np.nonzero(keep_TK), strict=True):
+        slot = slot_TK[t, j]
+        np.testing.assert_array_equal(x_SD[slot], x_TD[t])
+        used.append(slot)
+        if plan.expert_N is not None:
+            block = slot // (len(x_SD) // len(plan.expert_N))
+            assert plan.expert_N[block] == expert_TK[t, j]
+    assert len(set(used)) == len(used)
+    if plan.expert_N is None:  # slots lie expert by expert
+        expert_S = np.sort(expert_TK, axis=None)
+        assert (expert_S[used] == expert_TK[keep_TK]).all()
+    else:  # what nobody uses is zero
+        unused = np.setdiff1d(np.arange(len(x_SD)), used)
+        assert (x_SD[unused] == 0).all()
+        assert (slot_TK[~keep_TK] == len(x_SD)).all()
+    count_E = np.bincount(expert_TK.ravel(), minlength=num_experts + 1)[:-1]
+    np.testing.assert_array_equal(plan.count_E, count_E)
+    real_TK = expert_TK < num_experts
+    lost = expert_TK[real_TK & ~keep_TK]
+    np.testing.assert_array_equal(
+        dispatch.dropped(plan, expert_TK),
+        np.bincount(lost, minlength=num_experts)
+        if way != "rows"
+        else np.zeros(num_experts),
+    )
+
+
+@pytest.mark.parametrize("way", ["rows", "blocks", "capacity"])
+@hypothesis.settings(max_examples=20, deadline=None)
+@hypothesis.given(routing=routings(), size=st.integers(1, 4))
+def test_combine_of_dispatch_and_its_gradients(way, routing, size):
+    expert_TK, num_experts = routing
+    plan = plan_of(way, expert_TK, num_experts, size)
+    real_TK = expert_TK < num_experts
+    keep_TK = real_TK
+    if way == "capacity":
+        keep_TK = kept(expert_TK, num_experts, size)
+    rng = np.random.default_rng(0)
+    x_TD = tf.constant(rng.normal(size=(len(expert_TK), 3)))
+    weight_TK = tf.constant(rng.normal(size=expert_TK.shape))
+
+    def double(x_TD, weight_TK):
+        x_SD = dispatch.dispatch(x_TD, plan)
+        # Masked tokens come with zero weights.
+        return dispatch.combine(x_SD * x_SD, weight_TK * real_TK, plan)
+
+    want_T = (weight_TK.numpy() * keep_TK).sum(-1, keepdims=True)
+    np.testing.assert_allclose(
+        double(x_TD, weight_TK), want_T * x_TD.numpy() ** 2, atol=1e-12
+    )
+    got, want = tf.test.compute_gradient(double, [x_TD, weight_TK], delta=1e-5)
+    for got_array, want_array in zip(got, want, strict=True):
+        np.testing.assert_allclose(got_array, want_array, atol=1e-6)
+
+
+def test_gradients_scatter_no_activation():
+    expert_TK = tf.constant([[0, 1], [1, 2], [2, 0]])
+
+    @tf.function
+    def gradient(x_TD, weight_TK):
+        plan = dispatch.plan_rows(expert_TK, 3)
+        with tf.GradientTape() as tape:
+            tape.watch(x_TD)
+            y_SD = dispatch.dispatch(x_TD, plan)
+            y_TD = dispatch.combine(y_SD * y_SD, weight_TK, plan)
+        return tape.gradient(y_TD, x_TD)
+
+    graph = gradient.get_concrete_function(
+        tf.TensorSpec((3, 4)), tf.TensorSpec((3, 2))
+    ).graph
+    scatters = [
+        op
+        for op in graph.get_operations()
+        if "Scatter" in op.type or "Segment" in op.type
+        if any(t.dtype.is_floating for t in op.inputs)
+    ]
+    assert not scatters

@@ -1,0 +1,132 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from moe_tf import gating
+from tests.reference import moe as reference
+
+SIZES = [(2, 1), (4, 2), (5, 5), (64, 4)]
+
+
+def draw(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def route(noisy_TE, k, mask_T=None):
+    top, expert_TK = gating.top_k_and_next(noisy_TE, k)
+    return gating.gates(top, expert_TK, noisy_TE.shape[-1], mask_T)
+
+
+def dense(gates, num_experts):
+    weight_TK, expert_TK = np.asarray(gates[0]), np.asarray(gates[1])
+    weight_TE = np.zeros((len(weight_TK), num_experts + 1))
+    for t, (weight_K, expert_K) in enumerate(
+        zip(weight_TK, expert_TK, strict=True)
+    ):
+        weight_TE[t, expert_K] += weight_K
+    return weight_TE[:, :num_experts]
+
+
+@pytest.mark.parametrize("num_experts,k", SIZES)
+def test_gates_match_one_token_at_a_time(num_experts, k):
+    noisy_TE = draw(0, 7, num_experts)
+    got_TE = dense(route(noisy_TE, k), num_experts)
+    want_TE = [reference.gates_of_token(noisy_E, k) for noisy_E in noisy_TE]
+    np.testing.assert_allclose(got_TE, want_TE, rtol=1e-6, atol=1e-12)
+    assert ((got_TE > 0).sum(-1) == k).all()
+
+
+def test_ties_choose_k_experts_with_equal_weights():
+    gates = route(np.zeros((3, 6)), 4)
+    np.testing.assert_allclose(gates.weight_TK, np.full((3, 4), 0.25))
+    for expert_K in np.asarray(gates.expert_TK):
+        assert len(set(expert_K)) == 4
+
+
+def test_masked_tokens_have_no_expert_and_count_nowhere():
+    mask_T = np.array([True, False, True, False])
+    noisy_TE = draw(0, 4, 5)
+    noisy_TE[1] = np.nan
+    gates = route(noisy_TE, 2, mask_T)
+    alone = route(noisy_TE[mask_T], 2)
+    assert (np.asarray(gates.expert_TK)[~mask_T] == 5).all()
+    assert (np.asarray(gates.weight_TK)[~mask_T] == 0).all()
+    for count in (gating.importance, gating.assigned):
+        np.testing.assert_allclose(count(gates, 5), count(alone, 5))
+
+
+@pytest.mark.parametrize("num_experts,k", [(2, 1), (4, 2), (16, 4)])
+def test_load_probability_matches_the_definition(num_experts, k):
+    clean_TE, std_TE = draw(0, 9, num_experts), np.exp(draw(1, 9, num_experts))
+    noisy_TE = clean_TE + std_TE * draw(2, 9, num_experts)
+    top, _ = gating.top_k_and_next(noisy_TE, k)
+    got_TE = gating.load_probability(clean_TE, noisy_TE, std_TE, top)
+    want_TE = [
+        reference.load_of_token(*rows, k)
+        for rows in zip(clean_TE, noisy_TE, std_TE, strict=True)
+    ]
+    np.testing.assert_allclose(got_TE, want_TE, rtol=1e-6, atol=1e-9)
+
+
+def test_load_probability_is_the_share_of_fresh_draws_that_choose_the_expert():
+    # Equation 8 by its words: redraw the noise of one component, keep the
+    # noise of the others, and count how often that expert is among the k.
+    num_experts, k, num_draws = 6, 2, 20_000
+    clean_E, std_E = draw(0, num_experts), np.exp(0.3 * draw(1, num_experts))
+    noisy_E = clean_E + std_E * draw(2, num_experts)
+    top, _ = gating.top_k_and_next(noisy_E[None], k)
+    got_E = gating.load_probability(
+        clean_E[None], noisy_E[None], std_E[None], top
+    )[0]
+    for i in range(num_experts):
+        redrawn = np.tile(noisy_E, (num_draws, 1))
+        redrawn[:, i] = clean_E[i] + std_E[i] * draw(10 + i, num_draws)
+        rank = (redrawn > redrawn[:, i, None]).sum(-1)
+        share = (rank < k).mean()
+        # Five standard errors of a share of 20,000 draws.
+        tolerance = 5 * np.sqrt(0.25 / num_draws)
+        assert float(got_E[i]) == pytest.approx(share, abs=tolerance)
+
+
+def test_load_probabilities_sum_to_k_on_average():
+    num_experts, k, num_tokens = 8, 3, 20_000
+    clean_TE = np.tile(draw(0, num_experts), (num_tokens, 1))
+    std_TE = np.full_like(clean_TE, 0.7)
+    noisy_TE = clean_TE + std_TE * draw(1, num_tokens, num_experts)
+    top, _ = gating.top_k_and_next(noisy_TE, k)
+    chance_TE = gating.load_probability(clean_TE, noisy_TE, std_TE, top)
+    mean = float(tf.reduce_sum(chance_TE)) / num_tokens
+    assert mean == pytest.approx(k, abs=0.02)
+
+
+def test_load_probability_has_a_gradient_for_experts_not_chosen():
+    # A threshold in other units than the logits (taken after a softmax, say)
+    # would still train; its gradient would not match finite differences.
+    clean_TE, std_TE = draw(0, 3, 5), np.exp(draw(1, 3, 5))
+    noise_TE = draw(2, 3, 5)
+
+    def load(clean_TE, std_TE):
+        noisy_TE = clean_TE + std_TE * noise_TE
+        top, _ = gating.top_k_and_next(noisy_TE, 2)
+        chance_TE = gating.load_probability(clean_TE, noisy_TE, std_TE, top)
+        return tf.reduce_sum(tf.square(tf.reduce_sum(chance_TE, axis=0)))
+
+    got, want = tf.test.compute_gradient(
+        load, [tf.constant(clean_TE), tf.constant(std_TE)], delta=1e-6
+    )
+    for got_array, want_array in zip(got, want, strict=True):
+        np.testing.assert_allclose(got_array, want_array, rtol=1e-5, atol=1e-7)
+        assert (np.abs(got_array) > 0).all()
+
+
+def test_vanishing_noise_gives_counts_and_finite_gradients():
+    clean_TE = tf.constant(draw(0, 4, 5), tf.float32)
+    std_TE = tf.zeros_like(clean_TE)
+    with tf.GradientTape() as tape:
+        tape.watch([clean_TE, std_TE])
+        top, _ = gating.top_k_and_next(clean_TE, 2)
+        chance_TE = gating.load_probability(clean_TE, clean_TE, std_TE, top)
+        total = tf.reduce_sum(tf.square(chance_TE))
+    np.testing.assert_allclose(tf.reduce_sum(chance_TE, axis=-1), 2.0)
+    for gradient in tape.gradient(total, [clean_TE, std_TE]):
+        assert np.isfinite(gradient).all()

@@ -1,0 +1,490 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import ops
+
+from moe_tf.layers import moe
+from tests import keras_contract
+from tests.reference import moe as reference
+
+
+class SparseMoETest(keras_contract.TestCase):
+    def test_contract(self):
+        self.run_layer_test(
+            moe.SparseMoE,
+            init_kwargs={"num_experts": 4, "hidden_units": 6, "k": 2},
+            input_shape=(2, 3, 8),
+            expected_output_shape=(2, 3, 8),
+            expected_num_trainable_weights=4,
+            expected_num_non_trainable_weights=0,
+            expected_num_seed_generators=1,
+            expected_num_losses=2,
+            supports_masking=True,
+            call_kwargs={"training": True},
+        )
+
+    def test_contract_with_capacity_and_another_activation(self):
+        self.run_layer_test(
+            moe.SparseMoE,
+            init_kwargs={
+                "num_experts": 3,
+                "hidden_units": 6,
+                "k": 1,
+                "activation": "gelu",
+                "importance_weight": 0.0,
+                "load_weight": 0.2,
+                "capacity_factor": 1.5,
+                "seed": 7,
+            },
+            input_shape=(5, 8),
+            expected_output_shape=(5, 8),
+            expected_num_trainable_weights=4,
+            expected_num_seed_generators=1,
+            expected_num_losses=1,
+            supports_masking=True,
+            call_kwargs={"training": True},
+        )
+
+
+def layer_with_weights(num_experts=5, k=2, width=6, hidden=7, **kwargs):
+    """A layer whose gate is not at its zero start."""
+    kwargs = {"seed": 3, "dtype": "float64", **kwargs}
+    layer = moe.SparseMoE(num_experts, hidden, k=k, **kwargs)
+    layer.build((None, width))
+    rng = np.random.default_rng(5)
+    for kernel in (layer.router.gate_DE, layer.router.noise_DE):
+        kernel.assign(rng.normal(size=kernel.shape))
+    return layer
+
+
+def tokens(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def arrays(layer):
+    return [
+        np.asarray(kernel, "float64")
+        for kernel in (
+            layer.router.gate_DE,
+            layer.router.noise_DE,
+            layer.experts.in_EDF,
+            layer.experts.out_EFD,
+        )
+    ]
+
+
+def coming_noise(layer, num_tokens):
+    """The draws that the next training call will make."""
+    seed = keras.random.SeedGenerator(0)
+    seed.state.assign(layer.router.seed_generator.state)
+    shape = (num_tokens, layer.num_experts)
+    return np.asarray(keras.random.normal(shape, dtype="float64", seed=seed))
+
+
+SIZES = [(5, 2), (4, 1), (4, 4), (1, 1), (12, 3)]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("num_experts,k", SIZES)
+def test_matches_the_numpy_oracle(num_experts, k, training):
+    layer = layer_with_weights(num_experts, k)
+    x_TD = tokens(9, 6)
+    draw_TE = coming_noise(layer, 9) if training else None
+    y_TD = layer(x_TD, training=training)
+    want_TD, importance_E, load_E = reference.moe(
+        x_TD, *arrays(layer), draw_TE, k
+    )
+    np.testing.assert_allclose(y_TD, want_TD, rtol=1e-9, atol=1e-12)
+    balance = layer.balance
+    np.testing.assert_allclose(balance.importance_E, importance_E, rtol=1e-6)
+    np.testing.assert_allclose(balance.load_E, load_E, rtol=1e-6)
+    assert np.sum(balance.assigned_E) == 9 * k
+    if training:
+        want = 0.1 * reference.cv_squared(importance_E)
+        want += 0.1 * reference.cv_squared(load_E)
+        np.testing.assert_allclose(sum(layer.losses), want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("num_experts,k", [(5, 2), (4, 1), (3, 3)])
+def test_gradients_match_finite_differences(num_experts, k, masked):
+    # Task loss and both balancing losses together, so that a loss without a
+    # gradient to the gate would show.
+    layer = layer_with_weights(num_experts, k)
+    state = np.asarray(layer.router.seed_generator.state)
+    mask_T = np.arange(8) % 3 > 0 if masked else None
+    target_TD = tokens(8, 6, seed=1)
+    variables = [v.value for v in layer.trainable_variables]
+
+    def loss(x_TD, *_):
+        layer.router.seed_generator.state.assign(state)
+        y_TD = layer(x_TD, mask=mask_T, training=True)
+        return tf.reduce_sum(tf.square(y_TD - target_TD)) + sum(layer.losses)
+
+    x_TD = tf.Variable(tokens(8, 6))
+    with tf.GradientTape() as tape:
+        value = loss(x_TD)
+    got = tape.gradient(value, [x_TD, *variables])
+    rng = np.random.default_rng(2)
+    step = 1e-6
+    for variable, gradient in zip([x_TD, *variables], got, strict=True):
+        for _ in range(3):  # derivatives along random directions
+            along = rng.normal(size=variable.shape)
+            here = variable.numpy()
+            ends = []
+            for sign in (1, -1):
+                variable.assign(here + sign * step * along)
+                ends.append(float(loss(x_TD)))
+            variable.assign(here)
+            want = (ends[0] - ends[1]) / (2 * step)
+            slope = float(tf.reduce_sum(gradient * along))
+            assert slope == pytest.approx(want, rel=1e-5, abs=1e-6)
+    if masked:
+        np.testing.assert_array_equal(got[0].numpy()[~mask_T], 0.0)
+
+
+def test_balancing_losses_alone_move_the_gate():
+    layer = layer_with_weights()
+    with tf.GradientTape() as tape:
+        layer(tokens(9, 6), training=True)
+        loss = sum(layer.losses)
+    kernels = [layer.router.gate_DE.value, layer.router.noise_DE.value]
+    for gradient in tape.gradient(loss, kernels):
+        assert np.abs(gradient).max() > 1e-4
+
+
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (2, 3, 4, 6)])
+def test_any_leading_shape(shape):
+    layer = layer_with_weights()
+    x = tokens(*shape)
+    want_TD, *_ = reference.moe(x.reshape(-1, 6), *arrays(layer), None, 2)
+    got = layer(x)
+    assert got.shape == shape
+    np.testing.assert_allclose(got, want_TD.reshape(shape), rtol=1e-9)
+
+
+def test_no_tokens_at_all():
+    layer = layer_with_weights()
+    assert layer(np.zeros((0, 6)), training=True).shape == (0, 6)
+    assert float(sum(layer.losses)) == 0.0
+    mask_T = np.zeros(3, bool)
+    y_TD = layer(tokens(3, 6), mask=mask_T, training=True)
+    np.testing.assert_array_equal(y_TD, np.zeros((3, 6)))
+    assert np.isfinite(float(sum(layer.losses)))
+
+
+def test_padding_changes_nothing_for_real_tokens():
+    # The noise is drawn for padding too, so compare without it.
+    layer = layer_with_weights()
+    x_BLD = tokens(2, 5, 6)
+    padded_BLD = np.concatenate([x_BLD, np.full((2, 4, 6), np.nan)], axis=1)
+    mask_BL = np.arange(9)[None] < np.array([[5], [5]])
+    alone_BLD = layer(x_BLD)
+    numbers = [np.array(v) for v in layer.balance.variables[:4]]
+    got_BLD = layer(padded_BLD, mask=mask_BL)
+    np.testing.assert_array_equal(got_BLD[:, :5], alone_BLD)
+    np.testing.assert_array_equal(got_BLD[:, 5:], 0.0)
+    for variable, want in zip(layer.balance.variables, numbers, strict=False):
+        np.testing.assert_array_equal(variable, want)
+
+
+@pytest.mark.parametrize("capacity_factor", [None, 8.0])
+def test_gradients_of_padding_are_zero_and_finite(capacity_factor):
+    layer = layer_with_weights(capacity_factor=capacity_factor)
+    x_TD = tokens(6, 6)
+    x_TD[4:] = np.nan
+    x_TD = tf.constant(x_TD)
+    with tf.GradientTape() as tape:
+        tape.watch(x_TD)
+        y_TD = layer(x_TD, mask=np.arange(6) < 4, training=True)
+        loss = tf.reduce_sum(tf.square(y_TD)) + sum(layer.losses)
+    variables = [v.value for v in layer.trainable_variables]
+    for gradient in tape.gradient(loss, [x_TD, *variables]):
+        assert np.isfinite(gradient).all()
+
+
+def test_a_token_does_not_depend_on_its_batch():
+    layer = layer_with_weights(dtype="float32")
+    x_TD = tokens(30, 6).astype("float32")
+    together_TD = layer(x_TD)
+    alone_TD = ops.concatenate([layer(x_TD[t : t + 1]) for t in range(30)])
+    np.testing.assert_allclose(together_TD, alone_TD, rtol=1e-5, atol=1e-6)
+
+
+def test_experts_without_tokens():
+    layer = layer_with_weights(num_experts=8, k=1)
+    gate_DE = np.zeros((6, 8))
+    gate_DE[0, 3] = 100.0  # every token goes to expert 3
+    layer.router.gate_DE.assign(gate_DE)
+    layer.router.noise_DE.assign(np.zeros((6, 8)))
+    x_TD = np.abs(tokens(9, 6)) + 1.0
+    with tf.GradientTape() as tape:
+        y_TD = layer(x_TD, training=True)
+    np.testing.assert_array_equal(
+        layer.balance.assigned_E, 9 * (np.arange(8) == 3)
+    )
+    gradient = tape.gradient(y_TD, layer.experts.in_EDF.value)
+    busy_E = np.abs(gradient).max((1, 2)) > 0
+    np.testing.assert_array_equal(busy_E, np.arange(8) == 3)
+    # Total collapse: CV squared is n - 1 = 7, for importance and for load.
+    np.testing.assert_allclose(sum(layer.losses), 0.2 * 7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_experts,k", SIZES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_xla_gives_the_same_values_and_gradients(num_experts, k, masked):
+    layer = layer_with_weights(num_experts, k)
+    x_TD = tf.constant(tokens(11, 6))
+    mask_T = tf.constant(np.arange(11) % 4 > 0) if masked else None
+    variables = [
+        layer.router.gate_DE.value,
+        layer.experts.in_EDF.value,
+        layer.experts.out_EFD.value,
+    ]
+
+    def step(x_TD):
+        with tf.GradientTape() as tape:
+            tape.watch(x_TD)
+            y_TD = layer(x_TD, mask=mask_T)
+            loss = tf.reduce_sum(tf.square(y_TD))
+        gradients = tape.gradient(loss, [x_TD, *variables])
+        return [y_TD, *map(tf.convert_to_tensor, gradients)]
+
+    plain = tf.function(step)(x_TD)
+    compiled = tf.function(step, jit_compile=True)(x_TD)
+    for want, got in zip(plain, compiled, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-10)
+
+
+def test_training_under_xla_matches_the_numpy_oracle():
+    # XLA draws other noise from the same seed, so the draws are taken there.
+    layer = layer_with_weights()
+    x_TD = tokens(11, 6)
+
+    seed = keras.random.SeedGenerator(0)
+    seed.state.assign(layer.router.seed_generator.state)
+
+    @tf.function(jit_compile=True)
+    def step(x_TD):
+        draw_TE = keras.random.normal((11, 5), dtype="float64", seed=seed)
+        return layer(x_TD, training=True), draw_TE, sum(layer.losses)
+
+    y_TD, draw_TE, loss = step(x_TD)
+    want_TD, importance_E, load_E = reference.moe(
+        x_TD, *arrays(layer), draw_TE.numpy(), 2
+    )
+    np.testing.assert_allclose(y_TD, want_TD, rtol=1e-8, atol=1e-10)
+    want = reference.cv_squared(importance_E) + reference.cv_squared(load_E)
+    assert float(loss) == pytest.approx(0.1 * want, rel=1e-6)
+
+
+def traced_ways(layer, x, jit_compile):
+    """Whether the layer was traced with a product over blocks or rows."""
+
+    @tf.function(jit_compile=jit_compile)
+    def forward(x):
+        return layer(x)
+
+    graph = forward.get_concrete_function(x).graph
+    types = {op.type for op in graph.get_operations()}
+    return "SplitV" in types, bool({"BatchMatMulV2", "BatchMatMulV3"} & types)
+
+
+def test_blocks_under_xla_and_rows_elsewhere():
+    layer = layer_with_weights(num_experts=4)
+    x_TD = tf.constant(tokens(8, 6))
+    assert traced_ways(layer, x_TD, jit_compile=False) == (True, False)
+    assert traced_ways(layer, x_TD, jit_compile=True) == (False, True)
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_capacity_drops_the_last_tokens_and_says_so(static):
+    layer = layer_with_weights(num_experts=4, k=1, capacity_factor=1.0)
+    gate_DE = np.zeros((6, 4))
+    gate_DE[0, 2] = 100.0
+    layer.router.gate_DE.assign(gate_DE)
+    layer.router.noise_DE.assign(np.zeros((6, 4)))
+    x_TD = np.abs(tokens(10, 6)) + 1.0
+    dropless_TD = np.asarray(layer(x_TD))
+    call = tf.function(
+        lambda x_TD: layer(x_TD, training=True),
+        input_signature=[tf.TensorSpec((10 if static else None, 6), "float64")],
+    )
+    y_TD = call(x_TD)
+    capacity = 3  # ceil(1.0 * 1 * 10 / 4)
+    np.testing.assert_allclose(y_TD[:capacity], dropless_TD[:capacity])
+    np.testing.assert_array_equal(y_TD[capacity:], 0.0)
+    np.testing.assert_array_equal(layer.balance.dropped_E, [0, 0, 7, 0])
+    layer.balance.reset_state()
+    call(x_TD)
+    numbers = layer.balance.result()
+    name = layer.name
+    assert float(numbers[f"{name}_dropped_fraction"]) == pytest.approx(0.7)
+    assert float(numbers[f"{name}_max_over_mean_load"]) == pytest.approx(4.0)
+    assert float(numbers[f"{name}_cv_load"]) == pytest.approx(3**0.5)
+
+
+def test_enough_capacity_equals_dropless():
+    results = []
+    for capacity_factor in (None, 5.0):
+        layer = layer_with_weights(capacity_factor=capacity_factor)
+        variables = [v.value for v in layer.trainable_variables]
+        for variable, value in zip(
+            variables,
+            [tokens(*v.shape, seed=9) for v in variables],
+            strict=True,
+        ):
+            variable.assign(value)
+        with tf.GradientTape() as tape:
+            y_TD = layer(tokens(9, 6), training=True)
+        results.append([y_TD, *tape.gradient(y_TD, variables)])
+    for dropless, capped in zip(*results, strict=True):
+        np.testing.assert_allclose(
+            tf.convert_to_tensor(dropless), capped, rtol=1e-9, atol=1e-12
+        )
+
+
+def test_router_is_float32_under_mixed_bfloat16():
+    layer = layer_with_weights(dtype="mixed_bfloat16")
+    routing = layer.router(tokens(4, 6).astype("float32"), training=True)
+    assert layer.router.gate_DE.dtype == "float32"
+    for tensor in (routing.gates.weight_TK, routing.load_E):
+        assert tensor.dtype == tf.float32
+    assert layer.experts.in_EDF.dtype == "float32"
+    y_TD = layer(tokens(4, 6).astype("float32"), training=True)
+    assert y_TD.dtype == tf.bfloat16
+    assert all(loss.dtype == tf.float32 for loss in layer.losses)
+
+
+def test_mixed_bfloat16_is_near_float32():
+    x_TD = tokens(20, 6).astype("float32")
+    outputs = []
+    for dtype in ("float32", "mixed_bfloat16"):
+        layer = layer_with_weights(dtype=dtype)
+        for i, kernel in enumerate(layer.experts.trainable_variables):
+            kernel.assign(0.3 * tokens(*kernel.shape, seed=i))
+        # Inputs that bfloat16 holds exactly, so that routing is the same.
+        outputs.append(np.asarray(ops.cast(layer(x_TD), "float32")))
+    same = np.abs(outputs[0] - outputs[1]) < 0.05
+    assert same.mean() > 0.95
+
+
+def test_same_seed_same_training():
+    x_BLD, y_BLD = tokens(6, 3, 6), tokens(6, 3, 6, seed=1)
+    histories = []
+    for _ in range(2):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([moe.SparseMoE(4, 5, k=2, seed=1)])
+        model.compile("adam", "mse")
+        history = model.fit(x_BLD, y_BLD, epochs=3, verbose=0).history
+        histories.append(history["loss"])
+    assert histories[0] == histories[1]
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.moe = moe.SparseMoE(4, 5, k=2, name="moe", seed=0)
+
+    def call(self, inputs, training=False):
+        return inputs + self.moe(inputs, training=training)
+
+
+def sequential():
+    return keras.Sequential([moe.SparseMoE(4, 5, k=2, name="moe", seed=0)])
+
+
+def functional():
+    inputs = keras.Input((None, 6))
+    hidden = moe.SparseMoE(4, 5, k=2, name="moe", seed=0)(inputs)
+    return keras.Model(inputs, keras.layers.add([inputs, hidden]))
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("make", [sequential, functional, Subclassed])
+def test_fits_in_any_keras_model_and_logs_its_balance(make, jit_compile):
+    model = make()
+    optimizer = keras.optimizers.Adam(0.02)
+    model.compile(optimizer, "mse", jit_compile=jit_compile)
+    x_BLD = tokens(8, 3, 6)
+    history = model.fit(
+        x_BLD, x_BLD, validation_data=(x_BLD, x_BLD), epochs=9, verbose=0
+    ).history
+    assert history["val_loss"][-1] < 0.9 * history["val_loss"][0]
+    for statistic in ("cv_importance", "cv_load", "max_over_mean_load"):
+        assert len(history[f"moe_{statistic}"]) == 9
+        assert len(history[f"val_moe_{statistic}"]) == 9
+    assert set(history["moe_dropped_fraction"]) == {0.0}
+
+
+@pytest.mark.parametrize("make", [sequential, functional])
+def test_keras_file_and_saved_model_give_the_same_outputs(make, tmp_path):
+    model = make()
+    x_BLD = tokens(4, 3, 6).astype("float32")
+    model.compile("adam", "mse")
+    model.fit(x_BLD, x_BLD, verbose=0)
+    want_BLD = model.predict(x_BLD, verbose=0)
+
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded.predict(x_BLD, verbose=0), want_BLD)
+    assert loaded.get_layer("moe").get_config() == (
+        model.get_layer("moe").get_config()
+    )
+
+    model.export(tmp_path / "exported", verbose=False)
+    served = tf.saved_model.load(tmp_path / "exported")
+    for rows in (4, 1):  # any batch size
+        got_BLD = served.serve(x_BLD[:rows])
+        np.testing.assert_allclose(got_BLD, want_BLD[:rows], atol=1e-6)
+
+
+def test_mask_of_an_embedding_arrives():
+    ids_BL = np.array([[3, 4, 0, 0], [5, 0, 0, 0]])
+    model = keras.Sequential(
+        [
+            keras.layers.Embedding(9, 6, mask_zero=True),
+            moe.SparseMoE(4, 5, k=2, name="moe"),
+        ]
+    )
+    out_BLD = model(ids_BL)
+    np.testing.assert_array_equal(np.asarray(out_BLD)[ids_BL == 0], 0.0)
+    assert np.sum(model.get_layer("moe").balance.assigned_E) == 3 * 2
+
+
+def test_gradient_accumulation_keeps_the_balancing_gradient():
+    # Two steps of accumulation over the same batch equal one step on it.
+    weights = []
+    for accumulate, epochs in ((None, 1), (2, 2)):
+        keras.utils.set_random_seed(0)
+        layer = moe.SparseMoE(
+            4, 5, k=4, seed=1, importance_weight=3.0, name="moe"
+        )
+        model = keras.Sequential([layer])
+        x_TD = tokens(8, 6)
+        model.build(x_TD.shape)
+        layer.router.gate_DE.assign(tokens(6, 4, seed=4))
+        layer.router.noise_DE.assign(np.full((6, 4), -50.0))  # no noise
+        noise = layer.router.noise_DE
+        noise.trainable = False
+        optimizer = keras.optimizers.SGD(
+            0.5, gradient_accumulation_steps=accumulate
+        )
+        model.compile(optimizer, "mse", jit_compile=False)
+        model.fit(np.abs(x_TD), x_TD, batch_size=8, epochs=epochs, verbose=0)
+        weights.append(np.asarray(layer.router.gate_DE))
+    start_DE = tokens(6, 4, seed=4)
+    assert np.abs(weights[0] - start_DE).max() > 1e-2
+    np.testing.assert_allclose(weights[1], weights[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("capacity_factor", [0, -1.0, float("nan")])
+def test_bad_capacity_names_the_field(capacity_factor):
+    with pytest.raises(ValueError, match="`capacity_factor`.*Received"):
+        moe.SparseMoE(4, 5, capacity_factor=capacity_factor)
+
+
+def test_unknown_width_is_refused():
+    with pytest.raises(ValueError, match="last axis"):
+        moe.SparseMoE(4, 5).build((None, None))
