@@ -13,14 +13,20 @@ class Perplexity(keras.metrics.Mean):
     `update_state(y_true, y_pred, sample_weight)`: `y_pred` holds the
     negative log-likelihood of each word in nats, `sample_weight` is 1 for a
     word that counts and 0 for padding. `y_true` is not looked at. Over
-    several batches the words weigh alike, not the batches.
+    several batches the words weigh alike, not the batches. The sum is
+    float64: float32 would round away part of each batch of a long epoch.
     """
 
-    def __init__(self, name="perplexity", dtype=None):
+    def __init__(self, name="perplexity", dtype="float64"):
         super().__init__(name=name, dtype=dtype)
 
     def update_state(self, y_true, y_pred, sample_weight=None):
-        super().update_state(y_pred, sample_weight=sample_weight)
+        # Flat, since Keras takes the mean of each row first: words of short
+        # batches would count more than those of long ones.
+        if sample_weight is not None:
+            sample_weight = ops.broadcast_to(sample_weight, ops.shape(y_pred))
+            sample_weight = ops.reshape(sample_weight, (-1,))
+        super().update_state(ops.reshape(y_pred, (-1,)), sample_weight)
 
     def result(self):
         return ops.exp(super().result())
@@ -28,15 +34,18 @@ class Perplexity(keras.metrics.Mean):
 
 @keras.saving.register_keras_serializable(package="moe_tf")
 class WordCount(keras.metrics.Sum):
-    """Number of words that counted, from the sample weights."""
+    """Number of words that counted, from the sample weights.
 
-    def __init__(self, name="words", dtype=None):
+    Float64, so that the count is exact beyond 2^24 words.
+    """
+
+    def __init__(self, name="words", dtype="float64"):
         super().__init__(name=name, dtype=dtype)
 
     def update_state(self, y_true, y_pred, sample_weight=None):
         if sample_weight is None:
             sample_weight = ops.ones_like(y_pred)
-        super().update_state(sample_weight)
+        super().update_state(ops.broadcast_to(sample_weight, ops.shape(y_pred)))
 
 
 @keras.saving.register_keras_serializable(package="moe_tf")
@@ -70,20 +79,31 @@ class ExpertBalance(keras.metrics.Metric):
 
     def update_state(self, importance_E, load_E, assigned_E, dropped_E):
         """Takes one batch's vectors, each `(num_experts,)`."""
-        vectors = (importance_E, load_E, assigned_E, dropped_E)
-        mine = (self.importance_E, self.load_E, self.assigned_E, self.dropped_E)
-        for variable, vector in zip(mine, vectors, strict=True):
-            variable.assign(ops.cast(vector, self.dtype))
-        values = balance_statistics(*(ops.convert_to_tensor(v) for v in mine))
+        vectors = [
+            ops.cast(vector, self.dtype)
+            for vector in (importance_E, load_E, assigned_E, dropped_E)
+        ]
+        for variable, vector in zip(self.vectors, vectors, strict=True):
+            variable.assign(vector)
+        values = balance_statistics(*vectors)
         for statistic, value in values.items():
             self.totals[statistic].assign_add(value)
         self.batches.assign_add(1.0)
 
-    def result(self):
+    @property
+    def vectors(self):
+        """Importance, load, assigned and dropped of the last batch."""
+        return self.importance_E, self.load_E, self.assigned_E, self.dropped_E
+
+    def statistics(self):
+        """Means of the four scalars, by the names `BALANCE_STATISTICS`."""
         batches = ops.maximum(self.batches, 1.0)
+        return {name: total / batches for name, total in self.totals.items()}
+
+    def result(self):
         return {
-            f"{self.name}_{statistic}": total / batches
-            for statistic, total in self.totals.items()
+            f"{self.name}_{name}": value
+            for name, value in self.statistics().items()
         }
 
     def get_config(self):

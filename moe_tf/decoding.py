@@ -1,0 +1,114 @@
+"""Writing text with a step function, whatever model is behind it.
+
+A step function takes the last token of every sequence, int32 `(N,)`, and
+states, and returns the logits of the next, float `(N, V)`, and new states.
+Letters: `N` sequences, `V` vocabulary.
+"""
+
+import math
+
+import keras
+import numpy as np
+from keras import ops
+
+PADDING_ID = 0
+
+
+def sample(
+    step,
+    initial_states,
+    num_sequences,
+    start_id,
+    end_id,
+    max_length,
+    temperature=1.0,
+    seed=0,
+    forbidden_ids=(),
+):
+    """Draws sequences token by token.
+
+    Draws depend on `seed` alone: no state is kept between calls. A sequence
+    that has ended is fed padding, id 0, until all have.
+
+    Args:
+        step: step function; `tf.function(model.step)` is the fast one.
+        initial_states: states before the first token.
+        num_sequences: int, `N`.
+        start_id: int, the token fed first.
+        end_id: int, the token after which a sequence stops.
+        max_length: int, most tokens of a sequence, `end_id` included.
+        temperature: float, divides the logits; 0 takes the likeliest token.
+        seed: int.
+        forbidden_ids: ids never to be drawn, such as padding and unknown.
+
+    Returns:
+        A list of `num_sequences` lists of ints, without `start_id`, and
+        with `end_id` as the last where the sequence ended in time.
+
+    Raises:
+        ValueError: if a number is out of its range, or all or unknown ids
+            are forbidden.
+    """
+    _check(num_sequences, max_length, temperature)
+    generator = keras.random.SeedGenerator(seed)
+    states = initial_states
+    tokens_N = np.full(num_sequences, start_id, "int32")
+    ended_N = np.zeros(num_sequences, bool)
+    sequences = [[] for _ in range(num_sequences)]
+    for _ in range(max_length):
+        logits_NV, states = step(ops.convert_to_tensor(tokens_N), states)
+        logits_NV = _forbid(ops.cast(logits_NV, "float32"), forbidden_ids)
+        drawn_N = np.asarray(_choose(logits_NV, temperature, generator))
+        for sequence, token, ended in zip(
+            sequences, drawn_N.tolist(), ended_N, strict=True
+        ):
+            if not ended:
+                sequence.append(token)
+        ended_N |= drawn_N == end_id
+        if ended_N.all():
+            break
+        tokens_N = np.where(ended_N, PADDING_ID, drawn_N).astype("int32")
+    return sequences
+
+
+def _check(num_sequences, max_length, temperature):
+    for name, number in (
+        ("num_sequences", num_sequences),
+        ("max_length", max_length),
+    ):
+        if number < 1:
+            raise ValueError(
+                f"`{name}` must be at least 1. Received: {name}={number}"
+            )
+    if not 0 <= temperature < math.inf:
+        raise ValueError(
+            "`temperature` must be finite and not below 0. "
+            f"Received: {temperature=}"
+        )
+
+
+def _choose(logits_NV, temperature, generator):
+    if temperature == 0:
+        return ops.argmax(logits_NV, axis=-1)
+    return keras.random.categorical(
+        logits_NV / temperature, 1, dtype="int32", seed=generator
+    )[:, 0]
+
+
+def _forbid(logits_NV, forbidden_ids):
+    if not forbidden_ids:
+        return logits_NV
+    allowed_V = np.ones(logits_NV.shape[-1], bool)
+    ids = list(forbidden_ids)
+    if not 0 <= min(ids) <= max(ids) < allowed_V.size:
+        raise ValueError(
+            f"`forbidden_ids` must be in [0, {allowed_V.size}), the "
+            f"vocabulary. Received: forbidden_ids={forbidden_ids}"
+        )
+    allowed_V[ids] = False
+    if not allowed_V.any():
+        raise ValueError(
+            "`forbidden_ids` must leave an id to draw. Received: all "
+            f"{allowed_V.size} of them"
+        )
+    return ops.where(allowed_V, logits_NV, -math.inf)

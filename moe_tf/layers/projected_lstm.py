@@ -1,0 +1,97 @@
+"""The LSTM cell whose output is a projection, and recurs as one.
+
+Letters: `I` input width, `H` memory cells, `P` projected width, `G` the four
+gates of all cells, 4H.
+"""
+
+import keras
+from keras import ops
+
+
+@keras.saving.register_keras_serializable(package="moe_tf")
+class ProjectedLSTMCell(keras.layers.Layer):
+    """One step of an LSTM with a recurrent projection layer.
+
+    With `r` the projected output of the step before:
+
+        i, f, o = sigmoid(x W_* + r R_*),  g = tanh(x W_g + r R_g)
+        c = f * c + i * g
+        r = (o * tanh(c)) P
+
+    No biases and no peepholes. Gates are laid out `i, f, g, o`, as in
+    `keras.layers.LSTMCell`, which this equals when `P` is the identity.
+    Parameters: `(I + P) * 4H + H * P`. Wrap it in `keras.layers.RNN`.
+
+    Args:
+        units: int, memory cells `H`.
+        projection_units: int, output width `P`.
+
+    Call arguments:
+        inputs: float `(B, I)`.
+        states: `[r, c]` of shapes `(B, P)` and `(B, H)`.
+
+    Returns:
+        The output `(B, P)` and the next states.
+
+    Raises:
+        ValueError: if a size is below 1.
+
+    Reference:
+     - [Sak et al., 2014](https://arxiv.org/abs/1402.1128)
+    """
+
+    def __init__(self, units, projection_units, **kwargs):
+        super().__init__(**kwargs)
+        for name, size in (
+            ("units", units),
+            ("projection_units", projection_units),
+        ):
+            if size < 1:
+                raise ValueError(
+                    f"`{name}` must be at least 1. Received: {name}={size}"
+                )
+        self.units = units
+        self.projection_units = projection_units
+        self.state_size = [projection_units, units]
+        self.output_size = projection_units
+
+    def build(self, input_shape):
+        self.kernel_IG = self.add_weight(
+            shape=(input_shape[-1], 4 * self.units),
+            initializer="glorot_uniform",
+            name="kernel",
+        )
+        self.recurrent_PG = self.add_weight(
+            shape=(self.projection_units, 4 * self.units),
+            initializer="orthogonal",
+            name="recurrent_kernel",
+        )
+        self.projection_HP = self.add_weight(
+            shape=(self.units, self.projection_units),
+            initializer="glorot_uniform",
+            name="projection_kernel",
+        )
+
+    def call(self, inputs, states, training=False):
+        r_BP, c_BH = states
+        z_BG = ops.matmul(inputs, self.kernel_IG)
+        z_BG += ops.matmul(r_BP, self.recurrent_PG)
+        i_BH, f_BH, g_BH, o_BH = ops.split(z_BG, 4, axis=-1)
+        c_BH = ops.sigmoid(f_BH) * c_BH
+        c_BH += ops.sigmoid(i_BH) * ops.tanh(g_BH)
+        h_BH = ops.sigmoid(o_BH) * ops.tanh(c_BH)
+        r_BP = ops.matmul(h_BH, self.projection_HP)
+        return r_BP, [r_BP, c_BH]
+
+    def get_initial_state(self, batch_size=None):
+        return [
+            ops.zeros((batch_size, size), dtype=self.compute_dtype)
+            for size in self.state_size
+        ]
+
+    def get_config(self):
+        own = ("units", "projection_units")
+        return {
+            **super().get_config(),
+            **{name: getattr(self, name) for name in own},
+        }

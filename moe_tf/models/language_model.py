@@ -1,0 +1,241 @@
+"""The paper's LSTM language models, with and without experts."""
+
+import functools
+
+import keras
+import numpy as np
+from keras import ops
+
+from moe_tf.layers.feed_forward import FeedForward
+from moe_tf.layers.moe import SparseMoE
+from moe_tf.layers.projected_lstm import ProjectedLSTMCell
+from moe_tf.layers.sampled_softmax import SampledSoftmax
+from moe_tf.models import language_model_variants as variants
+
+PADDING_ID = 0
+
+
+@keras.saving.register_keras_serializable(package="moe_tf")
+class LanguageModel(keras.Model):
+    """Predicts each next word of a text from the words before it.
+
+    Embedding, then the layers of the variant, then a softmax over the
+    vocabulary. Every layer but the softmax: dropout on its output, then its
+    input is added. Outputs of experts, and of the feed-forward net in their
+    place, pass a sigmoid before: `x + dropout(sigmoid(moe(x)))`. No biases.
+    The paper says this of its 8M-operation models; here the projected LSTMs
+    have the same dropout and residual.
+
+    Id 0 is padding, to the right of the words. Padding is not routed to
+    experts; LSTMs run over it, which changes no position before it.
+
+    Initial weights, which the paper does not give, are Keras's defaults and
+    follow `keras.utils.set_random_seed`; `seed` is for all later draws.
+
+    Args:
+        variant: str, a name that `language_model_variants.variant` knows,
+            such as `"MoE-32"`.
+        vocabulary_size: int, `V`, with padding.
+        width: optional int, scales the variant. Defaults to the paper's.
+        k: optional int, experts per word of `MoE-<n>`. Defaults to 4.
+        dropout: float, share of outputs dropped. Defaults to `0.1`.
+        importance_weight: float, weight of the importance loss. Defaults to
+            `0.1`.
+        load_weight: float, weight of the load loss. Defaults to `0.1`.
+        num_sampled: optional int, classes drawn by the softmax when a
+            `NextWordScorer` trains this model. `None` for the whole softmax.
+        capacity_factor: optional float, see `SparseMoE`.
+        seed: optional int for dropout, the gate's noise and the softmax's
+            draws.
+
+    Call arguments:
+        tokens: int `(B, L)`.
+        training: bool.
+
+    Returns:
+        Logits of the next word, float32 `(B, L, V)`.
+
+    Raises:
+        ValueError: if no variant has this name, or a setting does not fit.
+
+    Reference:
+     - [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538), section 5.1
+       and appendix C
+    """
+
+    def __init__(
+        self,
+        variant,
+        vocabulary_size,
+        *,
+        width=None,
+        k=None,
+        dropout=0.1,
+        importance_weight=0.1,
+        load_weight=0.1,
+        num_sampled=None,
+        capacity_factor=None,
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.variant = variants.variant(variant, width=width, k=k)
+        self.vocabulary_size = vocabulary_size
+        self._config = {
+            "variant": variant,
+            "vocabulary_size": vocabulary_size,
+            "width": width,
+            "k": k,
+            "dropout": dropout,
+            "importance_weight": importance_weight,
+            "load_weight": load_weight,
+            "num_sampled": num_sampled,
+            "capacity_factor": capacity_factor,
+            "seed": seed,
+        }
+        # One seed each: equal ones would tie dropout to the gate's noise.
+        dropout_seed, moe_seed, softmax_seed = _split(seed, 3)
+        dtype = self.dtype_policy
+        self.embedding = keras.layers.Embedding(
+            vocabulary_size, self.variant.width, dtype=dtype, name="embedding"
+        )
+        make_experts = functools.partial(
+            SparseMoE,
+            importance_weight=importance_weight,
+            load_weight=load_weight,
+            capacity_factor=capacity_factor,
+            seed=moe_seed,
+        )
+        self.blocks = _make_blocks(self.variant, make_experts, dtype)
+        self.dropout = keras.layers.Dropout(
+            dropout, seed=dropout_seed, dtype=dtype, name="dropout"
+        )
+        self.softmax = SampledSoftmax(
+            vocabulary_size,
+            num_sampled,
+            seed=softmax_seed,
+            dtype=dtype,
+            name="softmax",
+        )
+
+    def build(self, input_shape=None):
+        shape = (None, None, self.variant.width)
+        shapes = [(None, None), *[shape] * (len(self.blocks) + 1)]
+        layers = (self.embedding, *self.blocks, self.softmax)
+        for layer, shape in zip(layers, shapes, strict=True):
+            if not layer.built:  # `features` and `step` build them as well
+                layer.build(shape)
+        self.built = True
+
+    def call(self, tokens, training=False):
+        return self.softmax.logits(self.features(tokens, training=training))
+
+    def features(self, tokens, training=False):
+        """What the softmax sees: int `(B, L)` to float `(B, L, D)`."""
+        mask_BL = ops.not_equal(tokens, PADDING_ID)
+        x_BLD = self.dropout(self.embedding(tokens), training=training)
+        for block in self.blocks:
+            if isinstance(block, keras.layers.RNN):
+                y_BLD = block(x_BLD, training=training)
+            else:
+                y_BLD = _feed_forward(block, x_BLD, mask_BL, training)
+            x_BLD += self.dropout(y_BLD, training=training)
+        return x_BLD
+
+    def initial_states(self, num_sequences):
+        """States of the LSTMs before the first word, for `step`."""
+        return [
+            cell.get_initial_state(batch_size=num_sequences)
+            for cell in self._cells()
+        ]
+
+    def step(self, tokens, states):
+        """Reads one word of every sequence, without dropout or noise.
+
+        Args:
+            tokens: int `(B,)`.
+            states: as `initial_states` or the step before gave them.
+
+        Returns:
+            Logits of the next word, float32 `(B, V)`, and the states.
+        """
+        mask_B = ops.not_equal(tokens, PADDING_ID)
+        x_BD = self.embedding(tokens)
+        old_states, new_states = iter(states), []
+        for block in self.blocks:
+            if isinstance(block, keras.layers.RNN):
+                y_BD, state = block.cell(x_BD, next(old_states))
+                new_states.append(state)
+            else:
+                y_BD = _feed_forward(block, x_BD, mask_B, training=False)
+            x_BD += y_BD
+        return self.softmax.logits(x_BD), new_states
+
+    def get_config(self):
+        return {**super().get_config(), **self._config}
+
+    def _cells(self):
+        return [
+            block.cell
+            for block in self.blocks
+            if isinstance(block, keras.layers.RNN)
+        ]
+
+
+def _feed_forward(block, x, mask, training):
+    if isinstance(block, SparseMoE):
+        return ops.sigmoid(block(x, mask=mask, training=training))
+    return ops.sigmoid(block(x))
+
+
+def _make_blocks(variant, make_experts, dtype):
+    """The layers between embedding and softmax, built from a description."""
+    blocks = []
+    num_lstms = 0
+    for layer in variant.layers:
+        if isinstance(layer, variants.Lstm):
+            blocks.append(_make_lstm(layer, variant.width, num_lstms, dtype))
+            num_lstms += 1
+        elif isinstance(layer, variants.Experts):
+            blocks.append(
+                make_experts(
+                    layer.num_experts,
+                    layer.hidden_units,
+                    layer.k,
+                    dtype=dtype,
+                    name="moe",
+                )
+            )
+        else:
+            blocks.append(
+                FeedForward(
+                    layer.hidden_units, dtype=dtype, name="feed_forward"
+                )
+            )
+    return blocks
+
+
+def _make_lstm(layer, width, index, dtype):
+    name = f"lstm_{index}"
+    if layer.projected:
+        cell = ProjectedLSTMCell(layer.units, width, dtype=dtype, name="cell")
+        return keras.layers.RNN(
+            cell, return_sequences=True, dtype=dtype, name=name
+        )
+    return keras.layers.LSTM(
+        layer.units,
+        use_bias=False,
+        return_sequences=True,
+        dtype=dtype,
+        name=name,
+    )
+
+
+def _split(seed, num):
+    """`num` seeds from one; all `None` from `None`."""
+    if seed is None:
+        return [None] * num
+    return [
+        int(word) & 0x7FFFFFFF
+        for word in np.random.SeedSequence(seed).generate_state(num)
+    ]
