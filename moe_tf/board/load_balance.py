@@ -1,0 +1,105 @@
+"""How evenly experts are used, in TensorBoard."""
+
+import os
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from moe_tf import metrics
+from moe_tf import tags
+
+
+class LoadBalanceBoard(keras.callbacks.Callback):
+    """Writes the paper's balance statistics of every `SparseMoE` layer.
+
+    For each layer: CV(importance), CV(load), max / mean load and the dropped
+    fraction as scalars, and a histogram over the experts of load / mean load.
+    Training goes to the run `train`, taken from single batches; validation to
+    the run `validation`, scalars as means over its batches. The x axis is the
+    optimizer's step.
+
+    Give it a directory of its own, or start TensorBoard with
+    `--reload_multifile=true`: by default TensorBoard follows only the newest
+    event file of a directory.
+
+    Args:
+        log_dir: directory for the runs.
+        update_freq: int, steps between two writes in training. Defaults to
+            `100`.
+
+    Reference:
+     - [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538), appendix A,
+       table 6
+    """
+
+    def __init__(self, log_dir, update_freq=100):
+        super().__init__()
+        if update_freq < 1:
+            raise ValueError(
+                "`update_freq` must be at least 1. "
+                f"Received: update_freq={update_freq}"
+            )
+        self.log_dir = log_dir
+        self.update_freq = update_freq
+        self._writers = {}
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.step() % self.update_freq == 0:
+            self.write_training(logs or {})
+
+    def on_test_end(self, logs=None):
+        self.write_validation(logs or {})
+        for writer in self._writers.values():
+            writer.flush()
+
+    def on_train_end(self, logs=None):
+        for writer in self._writers.values():
+            writer.close()
+        self._writers = {}
+
+    def write_training(self, logs):
+        """Writes what the last training batch left behind."""
+        with self.writer("train").as_default(self.step()):
+            worst = 0.0
+            for balance in self.balances():
+                vectors = [np.asarray(v) for v in balance.vectors]
+                values = metrics.balance_statistics(*vectors)
+                self._write_scalars(balance.name, values)
+                load_E = vectors[1]
+                tf.summary.histogram(
+                    tags.load_per_expert(balance.name),
+                    load_E / max(load_E.mean(), 1e-10),
+                )
+                worst = max(worst, float(values["max_over_mean_load"]))
+            if self.balances():
+                tf.summary.scalar(tags.WORST_MAX_OVER_MEAN_LOAD, worst)
+
+    def write_validation(self, logs):
+        """Writes the means over the validation batches."""
+        with self.writer("validation").as_default(self.step()):
+            for balance in self.balances():
+                self._write_scalars(balance.name, balance.statistics())
+
+    def writer(self, run):
+        """The summary writer of a run, one for each run's directory."""
+        if run not in self._writers:
+            self._writers[run] = tf.summary.create_file_writer(
+                os.path.join(self.log_dir, run)
+            )
+        return self._writers[run]
+
+    def step(self):
+        return int(self.model.optimizer.iterations)
+
+    def balances(self):
+        """The `ExpertBalance` of each layer that has one."""
+        return [
+            metric
+            for metric in self.model.metrics
+            if isinstance(metric, metrics.ExpertBalance)
+        ]
+
+    def _write_scalars(self, layer, values):
+        for statistic, value in values.items():
+            tf.summary.scalar(tags.balance(layer, statistic), value)

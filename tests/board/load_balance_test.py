@@ -1,0 +1,145 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorboard.backend.event_processing import event_accumulator
+from tensorboard.util import tensor_util
+
+from moe_tf import tags
+from moe_tf.board import load_balance
+from moe_tf.board import training
+from moe_tf.layers import moe
+
+
+def model_with_two_layers(num_experts=4):
+    model = keras.Sequential(
+        [
+            moe.SparseMoE(num_experts, 5, k=2, name="low", seed=0),
+            moe.SparseMoE(
+                num_experts, 5, k=2, name="high", seed=1, capacity_factor=0.5
+            ),
+        ]
+    )
+    model.compile("adam", "mse", jit_compile=False)
+    return model
+
+
+def tokens(*shape):
+    return np.random.default_rng(0).normal(size=shape).astype("float32")
+
+
+def read(folder):
+    """`{tag: [(step, value), ...]}` of the event files of a run."""
+    events = event_accumulator.EventAccumulator(
+        str(folder), size_guidance={event_accumulator.TENSORS: 0}
+    ).Reload()
+    return {
+        tag: [
+            (event.step, tensor_util.make_ndarray(event.tensor_proto))
+            for event in events.Tensors(tag)
+        ]
+        for tag in events.Tags()["tensors"]
+    }
+
+
+class LastBatch(keras.callbacks.Callback):
+    """Takes the vectors of every batch by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.load = []
+        self.dropped = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        balance = self.model.layers[1].balance
+        self.load.append(np.array(balance.load_E))
+        self.dropped.append(
+            np.sum(balance.dropped_E) / np.sum(balance.assigned_E)
+        )
+
+
+def test_scalars_are_those_of_the_batch(tmp_path):
+    model, watch = model_with_two_layers(), LastBatch()
+    board = load_balance.LoadBalanceBoard(tmp_path, update_freq=2)
+    x_TD = tokens(40, 6)
+    model.fit(
+        x_TD, x_TD, batch_size=8, validation_data=(x_TD, x_TD), epochs=2,
+        verbose=0, callbacks=[watch, board],
+    )  # fmt: skip
+    train = read(tmp_path / "train")
+    steps = [2, 4, 6, 8, 10]
+    want = [watch.load[step - 1] for step in steps]
+    written = train[tags.balance("high", "cv_load")]
+    assert [step for step, _ in written] == steps
+    np.testing.assert_allclose(
+        [value for _, value in written],
+        [load_E.std() / load_E.mean() for load_E in want],
+        rtol=1e-5,
+    )
+    np.testing.assert_allclose(
+        [v for _, v in train[tags.balance("high", "max_over_mean_load")]],
+        [load_E.max() / load_E.mean() for load_E in want],
+        rtol=1e-5,
+    )
+    np.testing.assert_allclose(
+        [v for _, v in train[tags.balance("high", "dropped_fraction")]],
+        [watch.dropped[step - 1] for step in steps],
+        rtol=1e-5,
+    )
+    assert max(watch.dropped) > 0
+    for step, histogram in train[tags.load_per_expert("low")]:
+        assert step in steps
+        assert histogram[:, 2].sum() == 4  # every expert is counted once
+    assert [s for s, _ in train[tags.WORST_MAX_OVER_MEAN_LOAD]] == steps
+
+
+def test_validation_is_a_run_of_its_own_with_means_over_batches(tmp_path):
+    model = model_with_two_layers()
+    board = load_balance.LoadBalanceBoard(tmp_path)
+    x_TD = tokens(40, 6)
+    history = model.fit(
+        x_TD, x_TD, batch_size=8, validation_data=(x_TD, x_TD), epochs=2,
+        verbose=0, callbacks=[board],
+    ).history  # fmt: skip
+    validation = read(tmp_path / "validation")
+    for layer in ("low", "high"):
+        written = validation[tags.balance(layer, "cv_importance")]
+        assert [step for step, _ in written] == [5, 10]
+        np.testing.assert_allclose(
+            [value for _, value in written],
+            history[f"val_{layer}_cv_importance"],
+            rtol=1e-5,
+        )
+    dropped = validation[tags.balance("high", "dropped_fraction")]
+    assert [value for _, value in dropped] == [0, 0]  # evaluation drops none
+
+
+def test_tags_do_not_grow_with_experts(tmp_path):
+    number = []
+    for num_experts in (4, 64):
+        folder = tmp_path / str(num_experts)
+        board = load_balance.LoadBalanceBoard(folder, update_freq=1)
+        model = model_with_two_layers(num_experts)
+        model.fit(tokens(8, 6), tokens(8, 6), verbose=0, callbacks=[board])
+        number.append(len(read(folder / "train")))
+    assert number[0] == number[1] == 2 * 5 + 1
+
+
+def test_training_board_adds_loss_and_learning_rate(tmp_path):
+    model = model_with_two_layers()
+    board = training.TrainingBoard(tmp_path, update_freq=1)
+    x_TD = tokens(8, 6)
+    history = model.fit(
+        x_TD, x_TD, validation_data=(x_TD, x_TD), verbose=0, callbacks=[board]
+    ).history
+    train, validation = read(tmp_path / "train"), read(tmp_path / "validation")
+    assert train[tags.LOSS][-1][1] == pytest.approx(history["loss"][-1])
+    assert train[tags.LEARNING_RATE][0][1] == pytest.approx(1e-3)
+    assert validation[tags.LOSS][0][1] == pytest.approx(history["val_loss"][0])
+    # One event file a run: TensorBoard follows only the newest.
+    assert len(tf.io.gfile.glob(str(tmp_path / "*" / "events*"))) == 2
+
+
+def test_bad_frequency_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`update_freq`.*update_freq=0"):
+        load_balance.LoadBalanceBoard(tmp_path, update_freq=0)
