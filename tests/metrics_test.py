@@ -2,6 +2,7 @@ import keras
 import numpy as np
 import pytest
 
+from moe_tf.metrics import ExpertBalance
 from moe_tf.metrics import Perplexity
 from moe_tf.metrics import WordCount
 
@@ -72,3 +73,47 @@ def test_metrics_show_in_the_logs_of_evaluate():
     )
     assert logs["perplexity"] == pytest.approx(2.0, rel=1e-5)
     assert logs["words"] == 2
+
+
+def balance_of(*batches):
+    balance = ExpertBalance(3, name="moe")
+    for batch in batches:
+        balance.update_state(*(np.array(vector, "float32") for vector in batch))
+    return {name: float(value) for name, value in balance.result().items()}
+
+
+def test_balance_of_one_batch_is_that_of_table_6():
+    load = np.array([1.0, 2.0, 6.0])
+    got = balance_of([[3, 3, 3], load, [2, 2, 6], [0, 0, 5]])
+    assert got == {
+        "moe_cv_importance": 0.0,
+        "moe_cv_load": pytest.approx(load.std() / load.mean()),
+        "moe_max_over_mean_load": pytest.approx(2.0),
+        "moe_dropped_fraction": pytest.approx(0.5),
+    }
+
+
+def test_balance_is_the_mean_over_batches_not_of_their_sum():
+    # Two batches, each collapsed onto another expert, are not balanced.
+    first = [[9, 0, 0], [9, 0, 0], [9, 0, 0], [0, 0, 0]]
+    second = [[0, 9, 0], [0, 9, 0], [0, 9, 0], [0, 0, 0]]
+    got = balance_of(first, second)
+    assert got["moe_cv_load"] == pytest.approx(2**0.5)
+    assert got["moe_max_over_mean_load"] == pytest.approx(3.0)
+
+
+def test_balance_of_nothing_is_zero():
+    zeros = [[0, 0, 0]] * 4
+    assert set(balance_of().values()) == {0.0}
+    assert set(balance_of(zeros).values()) == {0.0}
+
+
+def test_balance_resets_and_keeps_the_last_vectors():
+    balance = ExpertBalance(2, name="moe")
+    vectors = [[1, 3], [2, 5], [4, 4], [0, 1]]
+    balance.update_state(*np.array(vectors, "float32"))
+    np.testing.assert_array_equal(np.array(balance.vectors), vectors)
+    balance.reset_state()
+    assert set(float(v) for v in balance.result().values()) == {0.0}
+    copy = ExpertBalance.from_config(balance.get_config())
+    assert copy.get_config() == balance.get_config()

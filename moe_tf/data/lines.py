@@ -1,0 +1,222 @@
+"""Streams sentences, one a line, from text files plain or gzipped."""
+
+import codecs
+import dataclasses
+import functools
+import glob
+import gzip
+import io
+import os
+import zlib
+from collections.abc import Iterable
+from collections.abc import Iterator
+from typing import Protocol
+
+from absl import logging
+
+# A line of more bytes is skipped without being held in memory.
+LONGEST_LINE = 1 << 20
+
+BLANK = "blank"
+NOT_UTF8 = "not_utf8"
+TOO_LONG = "too_long"
+
+
+@dataclasses.dataclass
+class LineReport:
+    """What became of the lines read so far.
+
+    Attributes:
+        lines: lines that can be used.
+        skipped: for each reason, the number of lines left out.
+        first: for each reason, the first such line as `file:line`.
+    """
+
+    lines: int = 0
+    skipped: dict[str, int] = dataclasses.field(
+        default_factory=lambda: {BLANK: 0, NOT_UTF8: 0, TOO_LONG: 0}
+    )
+    first: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def skip(self, reason: str, place: str) -> None:
+        self.skipped[reason] += 1
+        self.first.setdefault(reason, place)
+
+    def log(self, split: str) -> None:
+        """Warns of every reason but blank lines."""
+        for reason, count in self.skipped.items():
+            if count and reason != BLANK:
+                logging.warning(
+                    "%s: %d of %d lines skipped as %s, the first at %s",
+                    split,
+                    count,
+                    self.lines + sum(self.skipped.values()),
+                    reason,
+                    self.first[reason],
+                )
+
+
+class Source(Protocol):
+    """A part of a split that is read from its beginning to its end."""
+
+    name: str  # recorded beside the counts, so without folders
+    size: int
+    field: str  # the setting that named it, for messages
+    place: str  # where it is, for messages
+
+    def raw_lines(self) -> Iterator[bytes | None]:
+        """Lines in order; `None` for one over `LONGEST_LINE` bytes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFile:
+    """A text file; one whose name ends in `.gz` is decompressed."""
+
+    path: str
+    field: str
+
+    @property
+    def name(self) -> str:
+        return os.path.basename(self.path)
+
+    @property
+    def place(self) -> str:
+        return self.path
+
+    @functools.cached_property
+    def size(self) -> int:
+        return os.path.getsize(self.path)
+
+    def raw_lines(self) -> Iterator[bytes | None]:
+        try:
+            with self._open() as file:
+                yield from _bounded_lines(file)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(
+                f"`{self.field}` names {self.path}, which is not a whole gzip "
+                f"file ({error}). Copy it again, or drop `.gz` from its name "
+                "if it is plain text."
+            ) from error
+
+    def _open(self):
+        if self.path.endswith(".gz"):
+            return io.BufferedReader(gzip.open(self.path, "rb"))
+        return open(self.path, "rb")
+
+
+def text_files(patterns: str, field: str) -> list[TextFile]:
+    """The files that comma-separated names or globs stand for, in order.
+
+    Args:
+        patterns: such as `"news.txt,more/*.gz"`. A glob's files are sorted.
+        field: name of the setting, for messages.
+
+    Raises:
+        FileNotFoundError: a name without wildcards does not exist.
+        ValueError: nothing is named, a glob matches no file, a folder is
+            named, or a file is named twice.
+    """
+    paths = []
+    for pattern in filter(None, map(str.strip, (patterns or "").split(","))):
+        paths += _matches(pattern, field)
+    if not paths:
+        raise ValueError(
+            f"`{field}` must name at least one text file. "
+            f"Received: {patterns!r}"
+        )
+    for index, path in enumerate(paths):
+        if os.path.isdir(path):
+            raise ValueError(
+                f"`{field}` must name files, but {path} is a folder. Write "
+                f"{os.path.join(path, '*')} for the files inside."
+            )
+        if path in paths[:index]:
+            raise ValueError(
+                f"`{field}` names {path} twice. Received: {patterns!r}"
+            )
+    return [TextFile(path, field) for path in paths]
+
+
+def usable_lines(
+    sources: Iterable[Source],
+    max_words: int,
+    report: LineReport | None = None,
+) -> Iterator[bytes]:
+    """Yields the sentences of `sources`, leaving out what cannot be used.
+
+    Words are what ASCII whitespace separates, as `tf.strings.split` has it.
+    Left out and counted are blank lines, lines that are not UTF-8, and
+    lines of more than `max_words` words or `LONGEST_LINE` bytes. A byte
+    order mark before the first line is dropped.
+
+    Args:
+        sources: read one after the other.
+        max_words: most words in a sentence.
+        report: optional `LineReport` to count in.
+
+    Yields:
+        One line as bytes of UTF-8, with its line end.
+
+    Raises:
+        ValueError: a source is a broken gzip file or has no usable line.
+    """
+    report = LineReport() if report is None else report
+    for source in sources:
+        before = report.lines
+        for number, raw in enumerate(source.raw_lines(), start=1):
+            if number == 1 and raw is not None:
+                raw = raw.removeprefix(codecs.BOM_UTF8)
+            reason = why_unusable(raw, max_words)
+            if reason is None:
+                report.lines += 1
+                yield raw
+            else:
+                report.skip(reason, f"{source.place}:{number}")
+        if report.lines == before:
+            raise ValueError(
+                f"`{source.field}` names {source.place}, which has no usable "
+                "line: a line needs UTF-8 and 1 to "
+                f"`data.max_words`={max_words} words. Remove the file or "
+                f"raise the limit. Skipped so far: {report.skipped}"
+            )
+
+
+def why_unusable(raw: bytes | None, max_words: int) -> str | None:
+    """The reason to leave out a line, `None` if it can be used."""
+    if raw is None:
+        return TOO_LONG
+    num_words = len(raw.split())
+    if not num_words:
+        return BLANK
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return NOT_UTF8
+    return TOO_LONG if num_words > max_words else None
+
+
+def _bounded_lines(file) -> Iterator[bytes | None]:
+    while raw := file.readline(LONGEST_LINE):
+        if len(raw) < LONGEST_LINE or raw.endswith(b"\n"):
+            yield raw
+            continue
+        while rest := file.readline(LONGEST_LINE):
+            if rest.endswith(b"\n"):
+                break
+        yield None
+
+
+def _matches(pattern: str, field: str) -> list[str]:
+    if os.path.exists(pattern):
+        return [pattern]
+    if glob.has_magic(pattern):
+        if paths := sorted(glob.glob(pattern, recursive=True)):
+            return paths
+        raise ValueError(
+            f"`{field}` has a pattern that matches no file: {pattern}. "
+            "Correct it, or make the files first."
+        )
+    raise FileNotFoundError(
+        f"`{field}` names a file that does not exist: {pattern}. Correct the "
+        f"path; relative paths start at {os.getcwd()}."
+    )

@@ -1,0 +1,68 @@
+"""Every config builds; its `:tiny` form trains two steps."""
+
+import importlib
+import pathlib
+
+import keras
+import pytest
+
+import configs
+from moe_tf.training import loop
+from moe_tf.training import tasks
+
+NAMES = sorted(
+    path.stem
+    for path in pathlib.Path(configs.__file__).parent.glob("*.py")
+    if path.stem != "__init__"
+)
+FAMILY = (
+    "4xLSTM-512",
+    "LSTM-2048-512",
+    "MoE-1-Wide",
+    "MoE-1-Deep",
+    "MoE-4",
+    "MoE-32",
+    "MoE-256",
+)
+
+
+def config_of(name, *arg):
+    return importlib.import_module(f"configs.{name}").get_config(*arg)
+
+
+def write_benchmark(folder):
+    """A few sentences in the layout of the 1-billion-word benchmark."""
+    train = folder / "training-monolingual.tokenized.shuffled"
+    held_out = folder / "heldout-monolingual.tokenized.shuffled"
+    for directory in (train, held_out):
+        directory.mkdir()
+    text = "The cat sat on the mat .\nA dog barked at it .\n" * 20
+    for shard in range(1, 100):
+        (train / f"news.en-{shard:05d}-of-00100").write_text(text)
+    for shard in range(2):
+        name = f"news.en.heldout-{shard:05d}-of-00050"
+        (held_out / name).write_text(text)
+
+
+@pytest.mark.parametrize("arg", [(), *((name,) for name in FAMILY)])
+@pytest.mark.parametrize("name", NAMES)
+def test_builds_and_fits_the_task(name, arg):
+    config = config_of(name, *arg)
+    task = tasks.LanguageModelTask(config)
+    if arg:
+        assert task.variant().name == arg[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tiny_form_trains_two_steps(name, tmp_path, capsys):
+    config = config_of(name, "tiny")
+    if config.data.corpus == "lm1b":
+        write_benchmark(tmp_path)
+        config.data.path = str(tmp_path)
+    keras.utils.set_random_seed(config.seed)
+    task = tasks.LanguageModelTask(config)
+    loop.train(task, config, str(tmp_path / "run"))
+    told = capsys.readouterr().out
+    assert "step 2/2" in told
+    assert "test perplexity" in told
+    assert told.count("sample: ") == config.sample.num_sentences

@@ -1,0 +1,216 @@
+"""The trainer as users run it: a process of its own, real text, files."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+REPOSITORY = pathlib.Path(__file__).parents[2]
+
+
+def command(workdir, *overrides, config="lm_demo.py:tiny"):
+    return [
+        sys.executable,
+        "-m",
+        "trainers.language_model",
+        f"--config={REPOSITORY / 'configs' / config}",
+        f"--workdir={workdir}",
+        *overrides,
+    ]
+
+
+def run(workdir, *overrides, stdin=None, **kwargs):
+    return subprocess.run(
+        command(workdir, *overrides, **kwargs),
+        cwd=REPOSITORY,
+        input=stdin,
+        capture_output=True,
+        timeout=300,
+    )
+
+
+SIX_STEPS = ("--config.train.steps=6", "--config.train.evaluate_every=2")
+
+
+def final_state(workdir):
+    """Every tensor of the last checkpoint, and its metadata."""
+    (folder,) = (workdir / "checkpoints" / "last").glob("step-00000006")
+    reader = tf.train.load_checkpoint(str(folder / "variables"))
+    tensors = {
+        name: reader.get_tensor(name)
+        for name in reader.get_variable_to_shape_map()
+        if name not in ("_CHECKPOINTABLE_OBJECT_GRAPH", "save_counter")
+    }
+    metadata = json.loads((folder / "metadata.json").read_text())
+    return tensors, metadata
+
+
+def run_until(workdir, moment):
+    """Starts the trainer and kills it as soon as `moment(workdir)`."""
+    process = subprocess.Popen(
+        command(workdir, *SIX_STEPS),
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 200
+    while process.poll() is None and not moment(workdir):
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    return process.wait()
+
+
+def saved_first_step(workdir):
+    return (workdir / "checkpoints/last/step-00000002").exists()
+
+
+def writes_second_step(workdir):
+    return (workdir / "checkpoints/last/step-00000004.tmp").exists()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that was never killed."""
+    workdir = tmp_path_factory.mktemp("finished")
+    result = run(workdir, *SIX_STEPS)
+    assert result.returncode == 0, result.stderr.decode()
+    return workdir, result.stdout.decode()
+
+
+def test_killed_run_ends_with_the_same_bits(finished, tmp_path):
+    for moment in (saved_first_step, writes_second_step):
+        assert run_until(tmp_path, moment) == -signal.SIGKILL
+    result = run(tmp_path, *SIX_STEPS)
+    assert result.returncode == 0, result.stderr.decode()
+    assert "Going on from step" in result.stdout.decode()
+    want, want_metadata = final_state(finished[0])
+    got, got_metadata = final_state(tmp_path)
+    assert want_metadata == got_metadata
+    assert want.keys() == got.keys()
+    for name, tensor in want.items():
+        np.testing.assert_array_equal(got[name], tensor, err_msg=name)
+    # And they are told alike: test perplexity and samples.
+    told = result.stdout.decode().splitlines()[-5:-1]
+    assert told == finished[1].splitlines()[-5:-1]
+    assert told[0].startswith("test perplexity")
+
+
+def test_damaged_newest_checkpoint_falls_back(finished, tmp_path):
+    subprocess.run(["cp", "-r", f"{finished[0]}/.", tmp_path], check=True)
+    (data,) = tmp_path.glob("checkpoints/last/step-00000006/variables.data*")
+    data.write_bytes(data.read_bytes()[:-10])
+    result = run(tmp_path, *SIX_STEPS)
+    assert result.returncode == 0
+    told = result.stderr.decode()
+    assert "Damaged" in told and "step-00000006" in told
+    assert "Going on from step 4." in result.stdout.decode()
+    want, _ = final_state(finished[0])
+    got, _ = final_state(tmp_path)
+    for name, tensor in want.items():
+        np.testing.assert_array_equal(got[name], tensor, err_msg=name)
+
+
+def test_another_config_is_refused_with_the_difference(finished):
+    result = run(finished[0], *SIX_STEPS, "--config.model.dropout=0.5")
+    assert result.returncode == 1
+    told = result.stderr.decode()
+    assert "model.dropout: 0.1 in the workdir, 0.5 now" in told
+    assert "Traceback" not in told
+
+
+def test_evaluate_and_sample_repeat_what_training_told(finished):
+    workdir, told = finished
+    for mode, start in (("evaluate", "test"), ("sample", "sample:")):
+        result = run(workdir, *SIX_STEPS, f"--mode={mode}")
+        assert result.returncode == 0, result.stderr.decode()
+        lines = result.stdout.decode().splitlines()
+        want = [line for line in told.splitlines() if line.startswith(start)]
+        assert want
+        assert [line for line in lines if line.startswith(start)] == want
+
+
+def test_score_gives_a_line_for_each_line(finished):
+    sentences = b"The people of the United States .\n\xff\xfe\n\nOf the people .\n"
+    result = run(finished[0], *SIX_STEPS, "--mode=score", stdin=sentences)
+    assert result.returncode == 0, result.stderr.decode()
+    header, *rows = result.stdout.decode().splitlines()
+    assert header.split("\t")[0] == "log_probability"
+    assert len(rows) == 4
+    assert rows[1].startswith("skipped: not_utf8")
+    assert rows[2].startswith("skipped: blank")
+    log_probability, words, _, perplexity = map(float, rows[0].split("\t"))
+    assert words == 8
+    assert perplexity == pytest.approx(
+        np.exp(-log_probability / 8), rel=1e-3
+    )
+    # A thousand known words, hardly trained: near uniform.
+    assert 300 < perplexity < 3000
+
+
+def test_dry_run_writes_nothing(tmp_path):
+    result = run(tmp_path / "new", "--mode=dry_run")
+    assert result.returncode == 0, result.stderr.decode()
+    told = result.stdout.decode()
+    # MoE-4 at width 16: two LSTMs of 2 * 4 * 16^2, gates 2 * 16 * 4, experts
+    # 4 * 2 * 16 * 32; all experts work, and both gate matrices.
+    parameters = 2 * (2 * 4 * 16**2) + 2 * 16 * 4 + 4 * 2 * 16 * 32
+    assert f"{parameters:,}" in told
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "override,message",
+    [
+        ("--config.train.steps=5", "`train.steps` must be a multiple"),
+        ("--config.model.variant=MoE-x", "MoE-x"),
+        ("--config.data.corpus=none", "`data.corpus`"),
+        ("--config.data.batch_words=0", "`data.batch_words`"),
+        ("--config.train.stepz=5", "stepz"),
+    ],
+)
+def test_bad_fields_are_named(tmp_path, override, message):
+    settings = ["--config.train.evaluate_every=2", override]
+    result = run(tmp_path, *settings)
+    assert result.returncode != 0
+    assert message in result.stderr.decode()
+
+
+def test_no_checkpoint_is_said(tmp_path):
+    result = run(tmp_path, "--mode=evaluate")
+    assert result.returncode == 1
+    assert "`workdir`" in result.stderr.decode()
+
+
+def test_full_disk_leaves_the_last_good_checkpoint(finished, tmp_path):
+    # A limit on file sizes that the second checkpoint runs into: what it
+    # adds to the first is only its own size, so the limit is set in between.
+    subprocess.run(["cp", "-r", f"{finished[0]}/.", tmp_path], check=True)
+    for folder in tmp_path.glob("checkpoints/last/step-00000006"):
+        subprocess.run(["rm", "-r", folder], check=True)
+    script = (
+        "import resource, signal, sys;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
+        "import runpy; sys.argv = sys.argv[1:];"
+        "runpy.run_module('trainers.language_model', run_name='__main__')"
+    )
+    arguments = command(tmp_path, *SIX_STEPS)[2:]
+    result = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+    assert result.returncode == 1
+    assert "Could not save step 6" in result.stderr.decode()
+    assert (tmp_path / "checkpoints/last/step-00000004").exists()
+    assert not list(tmp_path.glob("checkpoints/last/*.tmp"))
