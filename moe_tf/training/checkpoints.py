@@ -1,0 +1,340 @@
+"""Saved states of a run that survive whatever kills the process."""
+
+import hashlib
+import json
+import operator
+import os
+import re
+import shutil
+
+import tensorflow as tf
+from absl import logging
+
+from moe_tf import files
+from moe_tf.training.variables import list_some
+from moe_tf.training.variables import named_variables as named_variables
+
+# A checkpoint is a folder `step-<number>` of these. A name with `.old` is a
+# checkpoint of its step as long as there is none without; one with `.tmp` is
+# what a killed process left.
+_VARIABLES = "variables"
+_METADATA = "metadata.json"
+_SUMS = "SHA256SUMS"
+_FOLDER = re.compile(r"step-(\d{8}|[1-9]\d{8,})(\.old)?")
+_LEFTOVER = re.compile(_FOLDER.pattern + r"\.tmp")
+
+
+class DamagedCheckpointError(RuntimeError):
+    """No state can be restored, because files are damaged or missing."""
+
+
+class Checkpoints:
+    """Saves and restores variables in a folder of numbered checkpoints.
+
+    A checkpoint holds whole (global) tensors, written by
+    `tf.train.Checkpoint`, metadata in JSON, and SHA-256 sums of both, which
+    `sha256sum -c SHA256SUMS` checks as well. It appears under its name by a
+    rename when all of it is on the disk: a process killed at any moment
+    leaves the state of before or that of after.
+
+    One process at a time may save in a folder (`workdir.claim`); any number
+    may restore from it meanwhile. The folder is on a POSIX file system.
+
+    Args:
+        directory: the folder; the first `save` makes it.
+        variables: dict of `tf.Variable`, DTensor variables included, by the
+            names under which they are saved. See `named_variables`.
+        keep: int, number of checkpoints that stay. Defaults to `2`.
+
+    Raises:
+        ValueError: no variables, or `keep` below 1.
+        NotADirectoryError: `directory` is something else.
+    """
+
+    def __init__(self, directory, variables, keep=2):
+        if keep < 1:
+            raise ValueError(f"`keep` must be at least 1. Received: {keep}")
+        if not variables:
+            raise ValueError("`variables` must not be empty.")
+        self.directory = os.path.abspath(directory)
+        if os.path.exists(directory) and not os.path.isdir(directory):
+            raise NotADirectoryError(
+                f"`directory` must be a folder. Received: {directory}"
+            )
+        self.keep = keep
+        self._variables = dict(variables)
+        self._checkpoint = tf.train.Checkpoint(variables=self._variables)
+        self._damaged = {}
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints, ascending; damage is not looked for."""
+        return sorted(self._folders())
+
+    def latest_step(self) -> int | None:
+        """The last of `steps`, None if there are none."""
+        return max(self._folders(), default=None)
+
+    def save(self, step, metadata=None) -> str:
+        """Saves the variables as they are now.
+
+        When the checkpoint stands, the others are removed but for the
+        `keep - 1` before it. Those of later steps are removed too, with a
+        warning unless `restore_latest` found them damaged: training went on
+        from before them, and they must not be taken for its latest state. A
+        checkpoint of the same step is replaced.
+
+        Args:
+            step: int, 0 or more.
+            metadata: dict of what JSON holds; `step` and `variables` are
+                taken.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            OSError: the disk is full, say. The checkpoints of before stand,
+                and nothing is left of the new one.
+            TypeError, ValueError: `step` or `metadata` cannot be saved;
+                nothing was touched.
+        """
+        step = operator.index(step)
+        text = self._describe(step, metadata or {})
+        last = self.latest_step()
+        path = os.path.join(self.directory, f"step-{step:08d}")
+        temporary = path + ".tmp"
+        try:
+            self._clean()
+            try:
+                self._write(temporary, text)
+                self._publish(temporary, path)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+        except (OSError, tf.errors.OpError) as error:
+            stands = f"step {last}" if last is not None else "none"
+            raise OSError(
+                f"Could not save step {step} in {self.directory}: {error}. "
+                f"The last checkpoint there: {stands}. Free disk space or "
+                "allow writing, then start again to go on from it."
+            ) from error
+        self._prune(step)
+        return path
+
+    def restore_latest(self) -> dict | None:
+        """Restores the newest checkpoint that is whole.
+
+        One that is damaged is named in a warning, and the one before it is
+        taken. All is verified before any variable changes.
+
+        Returns:
+            The metadata given to `save`, with `step`; None if there is no
+            checkpoint.
+
+        Raises:
+            DamagedCheckpointError: there are checkpoints, all damaged.
+            ValueError: names, shapes or dtypes of the checkpoint's variables
+                are not those of `variables`.
+        """
+        self._damaged = {}
+        while True:
+            folders = self._folders()
+            steps = [step for step in folders if step not in self._damaged]
+            if not steps:
+                break
+            path = folders[max(steps)]
+            inode = _find_inode(path)
+            try:
+                return self._restore(path)
+            except DamagedCheckpointError as error:
+                # A trainer may have removed or replaced it meanwhile.
+                if inode is not None and inode == _find_inode(path):
+                    logging.warning("Skipping a checkpoint. %s", error)
+                    self._damaged[max(steps)] = str(error)
+        if self._damaged:
+            reasons = "\n  ".join(self._damaged.values())
+            raise DamagedCheckpointError(
+                f"All checkpoints are damaged:\n  {reasons}\nRestore one "
+                f"from a copy, or move {self.directory} away to start afresh."
+            )
+        return None
+
+    def restore(self, path) -> dict:
+        """Restores the checkpoint in the folder `path`.
+
+        Returns, and raises, what `restore_latest` does; with
+        `FileNotFoundError` where there is no such folder.
+        """
+        path = os.fspath(path)
+        if not os.path.isdir(path):
+            raise FileNotFoundError(f"There is no checkpoint folder {path}.")
+        return self._restore(path)
+
+    def _folders(self):
+        """Paths of the checkpoints by step."""
+        try:
+            # Not `isdir` afterwards: a trainer may have renamed it by then.
+            with os.scandir(self.directory) as entries:
+                names = sorted(
+                    entry.name for entry in entries if entry.is_dir()
+                )
+        except FileNotFoundError:
+            return {}
+        found = {}
+        for name in names:  # that with `.old` comes after that without
+            match = _FOLDER.fullmatch(name)
+            if match:
+                path = os.path.join(self.directory, name)
+                found.setdefault(int(match[1]), path)
+        return found
+
+    def _describe(self, step, metadata):
+        if step < 0:
+            raise ValueError(f"`step` must be 0 or more. Received: {step}")
+        taken = {"step", "variables"} & metadata.keys()
+        if taken:
+            raise ValueError(
+                f"`metadata` must not hold {sorted(taken)}: `save` adds them."
+            )
+        content = {
+            "step": step,
+            **metadata,
+            "variables": _describe_variables(self._variables),
+        }
+        return json.dumps(content, indent=1, sort_keys=True) + "\n"
+
+    def _clean(self):
+        """Makes the folder; removes what killed processes left in it."""
+        if not os.path.isdir(self.directory):
+            os.makedirs(self.directory, exist_ok=True)
+            files.sync(os.path.dirname(self.directory))
+        for name in sorted(os.listdir(self.directory)):
+            path = os.path.join(self.directory, name)
+            match = _FOLDER.fullmatch(name)
+            if match and match[2]:
+                whole = path.removesuffix(".old")
+                if os.path.isdir(whole):
+                    shutil.rmtree(path)
+                else:
+                    os.rename(path, whole)
+            elif _LEFTOVER.fullmatch(name):
+                shutil.rmtree(path)
+
+    def _write(self, path, text):
+        os.mkdir(path)
+        self._checkpoint.write(os.path.join(path, _VARIABLES))
+        files.write_atomically(os.path.join(path, _METADATA), text)
+        files.write_atomically(os.path.join(path, _SUMS), _sum_files(path))
+        for name in os.listdir(path):
+            files.sync(os.path.join(path, name))
+        files.sync(path)
+
+    def _publish(self, temporary, path):
+        # A folder that is not empty cannot be replaced in one step. Between
+        # these two renames `.old` counts as the checkpoint.
+        if os.path.isdir(path):
+            os.rename(path, path + ".old")
+        os.rename(temporary, path)
+        files.sync(self.directory)
+
+    def _prune(self, step):
+        """Removes all but `step` and the `keep - 1` undamaged before it."""
+        self._damaged.pop(step, None)
+        folders = self._folders()
+        later = [s for s in folders if s > step and s not in self._damaged]
+        if later:
+            logging.warning(
+                "Removing the checkpoints of steps %s in %s: training went on "
+                "from before them and has saved step %d.",
+                sorted(later),
+                self.directory,
+                step,
+            )
+        kept = [s for s in folders if s <= step and s not in self._damaged]
+        try:
+            for old in folders.keys() - set(sorted(kept)[-self.keep :]):
+                # Renamed first: half a checkpoint never has its name.
+                os.rename(folders[old], folders[old] + ".tmp")
+            self._clean()
+        except OSError as error:
+            logging.warning("Could not remove old checkpoints: %s", error)
+        self._damaged.clear()
+
+    def _restore(self, path):
+        try:
+            damage = _find_damage(path)
+            if damage is not None:
+                raise DamagedCheckpointError(f"Damaged: {path}: {damage}")
+            with open(os.path.join(path, _METADATA), encoding="utf-8") as file:
+                metadata = json.load(file)
+            saved = metadata.pop("variables")
+            _refuse_mismatch(path, saved, _describe_variables(self._variables))
+            prefix = os.path.join(path, _VARIABLES)
+            self._checkpoint.read(prefix).assert_consumed()
+        except (OSError, tf.errors.OpError) as error:
+            raise DamagedCheckpointError(f"Damaged: {path}: {error}") from error
+        return metadata
+
+
+def _describe_variables(variables):
+    return {
+        name: {"shape": variable.shape.as_list(), "dtype": variable.dtype.name}
+        for name, variable in variables.items()
+    }
+
+
+def _sum_files(path):
+    """What `sha256sum variables.* metadata.json` prints."""
+    names = sorted(
+        name
+        for name in os.listdir(path)
+        if name == _METADATA or name.startswith(_VARIABLES + ".")
+    )
+    lines = []
+    for name in names:
+        with open(os.path.join(path, name), "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        lines.append(f"{digest}  {name}\n")
+    return "".join(lines)
+
+
+def _find_damage(path):
+    """Which files are not what was saved, or None."""
+    with open(os.path.join(path, _SUMS), "rb") as file:
+        promised = file.read()
+    found = _sum_files(path).encode()
+    if promised == found:
+        return None
+    wrong = set(promised.split(b"\n")) ^ set(found.split(b"\n"))
+    names = {line[66:].decode(errors="replace") for line in wrong} - {""}
+    return f"{_SUMS} does not fit {', '.join(sorted(names)) or 'itself'}"
+
+
+def _find_inode(path):
+    try:
+        return os.stat(path).st_ino
+    except FileNotFoundError:
+        return None
+
+
+def _refuse_mismatch(path, saved, wanted):
+    problems = {
+        "only in the checkpoint": saved.keys() - wanted.keys(),
+        "only in the model": wanted.keys() - saved.keys(),
+        "of another shape or dtype": {
+            "{name} ({0[dtype]} {0[shape]} saved, {1[dtype]} {1[shape]} "
+            "wanted)".format(saved[name], wanted[name], name=name)
+            for name in saved.keys() & wanted.keys()
+            if saved[name] != wanted[name]
+        },
+    }
+    lines = [
+        f"  {problem}: {list_some(names)}"
+        for problem, names in problems.items()
+        if names
+    ]
+    if lines:
+        raise ValueError(
+            f"Checkpoint {path} is of another model or optimizer:\n"
+            + "\n".join(lines)
+            + "\nUse the config it was saved with, or another workdir."
+        )

@@ -1,0 +1,63 @@
+"""Probabilities of given sentences."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+
+from moe_tf.data import batching
+from moe_tf.data import lines
+from moe_tf.data import vocabulary as vocabularies
+
+_LINES_AT_ONCE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What a model says of one line.
+
+    Attributes:
+        log_probability: float, in nats, the end of the sentence included.
+        words: int, the end of the sentence counted.
+        unknown: int, words that are not in the vocabulary.
+        skipped: str, why the line has no score; `None` if it has one.
+    """
+
+    log_probability: float = 0.0
+    words: int = 0
+    unknown: int = 0
+    skipped: str | None = None
+
+
+def score_lines(scorer, prepared, raw_lines) -> Iterator[Scored]:
+    """Scores sentences in order, one `Scored` for each line.
+
+    Args:
+        scorer: `NextWordScorer`.
+        prepared: the `Prepared` corpus that it was trained on.
+        raw_lines: iterable of lines as bytes, of any number.
+    """
+    max_words = prepared.corpus.max_words
+    while chunk := list(itertools.islice(raw_lines, _LINES_AT_ONCE)):
+        reasons = [lines.why_unusable(raw, max_words) for raw in chunk]
+        usable = [
+            raw
+            for raw, reason in zip(chunk, reasons, strict=True)
+            if reason is None
+        ]
+        scores = iter(_score(scorer, prepared, usable) if usable else [])
+        for reason in reasons:
+            yield Scored(skipped=reason) if reason else next(scores)
+
+
+def _score(scorer, prepared, sentences):
+    inputs, targets_BL, weights_BL = batching.encode(prepared, sentences)
+    nll_BL = np.asarray(scorer(inputs) * weights_BL, "float64")
+    unknown_BL = np.asarray(targets_BL) == vocabularies.UNK
+    for nll_L, weights_L, unknown_L in zip(
+        nll_BL, np.asarray(weights_BL), unknown_BL, strict=True
+    ):
+        yield Scored(
+            -float(nll_L.sum()), int(weights_L.sum()), int(unknown_L.sum())
+        )

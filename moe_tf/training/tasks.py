@@ -1,0 +1,134 @@
+"""A task brings model, data and loss together from a config."""
+
+import dataclasses
+
+import keras
+import ml_collections
+import tensorflow as tf
+
+from moe_tf import decoding
+from moe_tf import schedules
+from moe_tf.data import batching
+from moe_tf.data import preparation
+from moe_tf.data import vocabulary as vocabularies
+from moe_tf.models import language_model_variants as variants
+from moe_tf.models.language_model import LanguageModel
+from moe_tf.models.next_word_scorer import NextWordScorer
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelTask:
+    """Predicting the next word of sentences.
+
+    Attributes:
+        config: the run's config; `configs/lm_demo.py` explains each field.
+
+    Raises:
+        ValueError: a field's value cannot be used.
+    """
+
+    config: ml_collections.ConfigDict
+
+    def __post_init__(self):
+        _check_positive(
+            self.config,
+            "data.batch_words",
+            "data.max_words",
+            "data.vocabulary_size",
+            "train.steps",
+            "train.evaluate_every",
+            "train.log_every",
+            "train.learning_rate",
+            "train.warmup_steps",
+        )
+        steps = self.config.train.steps
+        every = self.config.train.evaluate_every
+        if steps % every:
+            raise ValueError(
+                "`train.steps` must be a multiple of `train.evaluate_every`. "
+                f"Received: train.steps={steps}, train.evaluate_every={every}"
+            )
+        self.variant()
+
+    def variant(self) -> variants.Variant:
+        """What the model consists of, without building it."""
+        model = self.config.model
+        return variants.variant(model.variant, width=model.width, k=model.k)
+
+    def prepare(self, workdir: str) -> preparation.Prepared:
+        """The corpus, counted, and its vocabulary."""
+        return preparation.prepare(self.config.data, workdir)
+
+    def build(self, prepared: preparation.Prepared) -> NextWordScorer:
+        """The compiled model, with its weights as the seed makes them."""
+        train = self.config.train
+        scorer = NextWordScorer(
+            LanguageModel(
+                vocabulary_size=prepared.vocabulary.size,
+                seed=self.config.seed,
+                **self.config.model,
+            )
+        )
+        scorer.build()
+        optimizer = keras.optimizers.Adam(
+            schedules.WarmupInverseSqrt(
+                train.learning_rate, train.warmup_steps
+            ),
+            global_clipnorm=train.clip_norm,
+        )
+        optimizer.build(scorer.trainable_variables)
+        # XLA would compile anew for each length that batches are padded to.
+        scorer.compile_for_words(optimizer, jit_compile=False)
+        return scorer
+
+    def batches(
+        self, prepared: preparation.Prepared, split: str, start_step: int = 0
+    ) -> tf.data.Dataset:
+        """Batches of a split, for training from `start_step` on."""
+        data = self.config.data
+        return batching.batches(
+            prepared,
+            split,
+            data.batch_words,
+            seed=self.config.seed,
+            start_step=start_step,
+            shuffle_buffer=data.shuffle_buffer,
+        )
+
+    def num_batches(self, prepared: preparation.Prepared, split: str) -> int:
+        """Number of batches in one pass over a split."""
+        data = self.config.data
+        return batching.batches_per_pass(
+            prepared.statistics[split], data.batch_words, data.max_words
+        )
+
+    def sample(
+        self, scorer: NextWordScorer, prepared: preparation.Prepared
+    ) -> list[str]:
+        """Sentences drawn from the model, as `config.sample` says."""
+        sample = self.config.sample
+        model = scorer.language_model
+        drawn = decoding.sample(
+            tf.function(model.step),
+            model.initial_states(sample.num_sentences),
+            sample.num_sentences,
+            start_id=vocabularies.START,
+            end_id=vocabularies.END,
+            max_length=sample.max_words,
+            temperature=sample.temperature,
+            seed=sample.seed,
+            forbidden_ids=(
+                vocabularies.PAD,
+                vocabularies.UNK,
+                vocabularies.START,
+            ),
+        )
+        return [prepared.vocabulary.sentence(ids) for ids in drawn]
+
+
+def _check_positive(config, *fields):
+    for field in fields:
+        group, name = field.split(".")
+        value = config[group][name]
+        if not value > 0:
+            raise ValueError(f"`{field}` must be above 0. Received: {value}")
