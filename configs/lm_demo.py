@@ -55,7 +55,7 @@ def get_config(arg="MoE-32"):
     config.model.width = 16 if tiny else 128
     config.model.num_sampled = 32 if tiny else 1024
     config.train = {
-        "steps": 2 if tiny else 1500,
+        "steps": 2 if tiny else 2500,
         # Adam's rate: up to here in `warmup_steps`, then ~ 1 / sqrt(step).
         "learning_rate": 4e-3,
         "warmup_steps": 1 if tiny else 200,
