@@ -4,25 +4,25 @@ import contextlib
 import os
 
 
-def write_atomically(path, text: str) -> None:
-    """Replaces the file at `path` by one that holds `text`, in UTF-8.
+@contextlib.contextmanager
+def replace(path):
+    """Opens a file for writing bytes; it takes the name `path` when whole.
 
     A process killed at any moment leaves the old file or the new one. What
-    it may leave besides is a `<path>.<pid>.tmp`, which nothing reads.
+    it may leave besides is a `<path>.<pid>.tmp`, which nothing reads. A block
+    that raises leaves the old file and nothing beside it.
 
     Args:
         path: where; its folder exists.
-        text: what.
 
     Raises:
-        OSError: the folder cannot be written, or the disk is full; the old
-            file stands.
+        OSError: the folder cannot be written, or the disk is full.
     """
     path = os.fspath(path)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -31,6 +31,12 @@ def write_atomically(path, text: str) -> None:
             os.remove(temporary)
         raise
     sync(os.path.dirname(path) or ".")
+
+
+def write(path, text: str) -> None:
+    """Replaces the file at `path` by one that holds `text`, in UTF-8."""
+    with replace(path) as file:
+        file.write(text.encode())
 
 
 def sync(path) -> None:

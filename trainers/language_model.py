@@ -1,11 +1,9 @@
 """Trains and uses language models with and without experts.
 
-    moe-tf-lm --config=configs/lm_demo.py --workdir=runs/demo
-    moe-tf-lm --config=... --workdir=... --mode=evaluate
-    moe-tf-lm --config=... --workdir=... --mode=score < sentences.txt
+moe-tf-lm --config=configs/lm_demo.py --workdir=runs/demo
+moe-tf-lm --config=... --workdir=... --mode=evaluate
+moe-tf-lm --config=... --workdir=... --mode=score < sentences.txt
 """
-
-import os
 
 import keras
 from absl import app
@@ -53,7 +51,8 @@ def main(argv):
 
 def run():
     """Entry point of the console script `moe-tf-lm`."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Progress is printed; TensorFlow and Keras tell theirs with --verbosity=0.
+    flags.FLAGS.verbosity = logging.WARNING
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main)
 

@@ -7,7 +7,7 @@ import os
 
 from absl import logging
 
-from moe_tf.data import atomic
+from moe_tf import files
 from moe_tf.data import corpora
 from moe_tf.data import lines
 from moe_tf.data import vocabulary as vocabularies
@@ -105,6 +105,7 @@ def prepare(data_config, workdir: str) -> Prepared:
         )
         statistics[split] = dataclasses.replace(found, unknown_words=unknown)
         _log(split, statistics[split])
+    os.makedirs(workdir, exist_ok=True)
     vocabulary.save(os.path.join(workdir, "vocabulary.txt"))
     record = {
         "settings": {name: getattr(data_config, name) for name in _SETTINGS},
@@ -117,8 +118,9 @@ def prepare(data_config, workdir: str) -> Prepared:
         },
     }
     # Written last: a run cut short before this begins again.
-    with atomic.atomic_write(os.path.join(workdir, "data.json")) as file:
-        file.write(json.dumps(record, indent=1).encode())
+    files.write(
+        os.path.join(workdir, "data.json"), json.dumps(record, indent=1)
+    )
     return Prepared(corpus, vocabulary, statistics)
 
 

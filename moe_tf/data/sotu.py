@@ -21,7 +21,7 @@ from collections.abc import Iterator
 
 from absl import logging
 
-from moe_tf.data import atomic
+from moe_tf import files
 
 SPLITS = ("train", "validation", "test")
 
@@ -90,12 +90,13 @@ def write_sotu(folder: str) -> dict[str, str]:
     paths = {split: os.path.join(folder, f"{split}.txt") for split in SPLITS}
     if all(map(os.path.exists, paths.values())):
         return paths
+    os.makedirs(folder, exist_ok=True)
     documents = collections.defaultdict(list)
     for document in _documents():
         documents[split_of(document.name)].append(document)
     for split in SPLITS:
         count = dropped = 0
-        with atomic.atomic_write(paths[split]) as file:
+        with files.replace(paths[split]) as file:
             for document in documents[split]:
                 for tokens in sentences(document.read_text("utf-8")):
                     if not _is_prose(tokens):

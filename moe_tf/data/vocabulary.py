@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import tensorflow as tf
 from absl import logging
 
-from moe_tf.data import atomic
+from moe_tf import files
 
 SPECIALS = ("<pad>", "<UNK>", "<S>", "</S>")
 PAD, UNK, START, END = range(len(SPECIALS))
@@ -85,7 +85,7 @@ class Vocabulary:
 
     def save(self, path: str) -> None:
         """Writes one word a line, in UTF-8; the line number is the id + 1."""
-        with atomic.atomic_write(path) as file:
+        with files.replace(path) as file:
             file.write(self._bytes())
 
     @classmethod

@@ -6,13 +6,12 @@ import keras
 import numpy as np
 from keras import ops
 
+from moe_tf.decoding import PADDING_ID
 from moe_tf.layers.feed_forward import FeedForward
 from moe_tf.layers.moe import SparseMoE
 from moe_tf.layers.projected_lstm import ProjectedLSTMCell
 from moe_tf.layers.sampled_softmax import SampledSoftmax
 from moe_tf.models import language_model_variants as variants
-
-PADDING_ID = 0
 
 
 @keras.saving.register_keras_serializable(package="moe_tf")

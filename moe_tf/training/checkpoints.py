@@ -222,8 +222,8 @@ class Checkpoints:
     def _write(self, path, text):
         os.mkdir(path)
         self._checkpoint.write(os.path.join(path, _VARIABLES))
-        files.write_atomically(os.path.join(path, _METADATA), text)
-        files.write_atomically(os.path.join(path, _SUMS), _sum_files(path))
+        files.write(os.path.join(path, _METADATA), text)
+        files.write(os.path.join(path, _SUMS), _sum_files(path))
         for name in os.listdir(path):
             files.sync(os.path.join(path, name))
         files.sync(path)

@@ -43,7 +43,7 @@ def _expert_rows(layer, config):
     return [
         ("words an expert sees in a batch, mean",
          f"{rows_a_batch / layer.num_experts:,.0f}; {limit}"),
-        ("bytes of all experts' hidden activations",
+        ("experts' hidden activations",
          _bytes(rows_a_batch * layer.hidden_units * _FLOAT_BYTES)),
     ]  # fmt: skip
 

@@ -25,8 +25,7 @@ def train(task, config, workdir):
     with workdirs.claim(workdir, config):
         prepared = task.prepare(workdir)
         _tell(dry_runs.describe(task, config))
-        passes = config.train.steps / task.num_batches(prepared, "train")
-        _tell(f"{config.train.steps} steps are {passes:.2f} passes.")
+        _tell_data(task, config, prepared)
         scorer = task.build(prepared)
         last, best = _checkpoints(workdir, config, scorer)
         found = last.restore_latest() or {"step": 0}
@@ -164,6 +163,18 @@ def _evaluate(task, prepared, scorer, splits):
             f"{int(figures['words'])} words, ends of sentences counted "
             f"({100 * statistics.unknown_rate:.2f}% unknown)"
         )
+
+
+def _tell_data(task, config, prepared):
+    for split, found in prepared.statistics.items():
+        skipped = sum(found.skipped.values()) - found.skipped["blank"]
+        _tell(
+            f"{split}: {found.lines:,} sentences, {found.words:,} words with "
+            f"ends, {100 * found.unknown_rate:.2f}% unknown, {skipped:,} "
+            "lines skipped"
+        )
+    passes = config.train.steps / task.num_batches(prepared, "train")
+    _tell(f"{config.train.steps:,} steps are {passes:.2f} passes over train")
 
 
 def _print_samples(task, prepared, scorer):

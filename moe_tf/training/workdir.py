@@ -54,7 +54,7 @@ def claim(workdir, config) -> Claim:
 
     Raises:
         OSError: the workdir is a file, or cannot be made or written.
-        RuntimeError: another process, or this one, has claimed it.
+        BlockingIOError: another process, or this one, has claimed it.
         ValueError: it belongs to a run of another config, or the config does
             not fit into JSON. Nothing was written but the folder and `.lock`.
     """
@@ -70,7 +70,7 @@ def claim(workdir, config) -> Claim:
             check(workdir, config)
         else:
             with _explained(workdir):
-                files.write_atomically(path, text)
+                files.write(path, text)
     except BaseException:
         file.close()
         raise
@@ -135,7 +135,7 @@ def _lock(file, workdir):
     except BlockingIOError as error:
         file.seek(0)
         holder = file.read().strip() or "a process that has just started"
-        raise RuntimeError(
+        raise BlockingIOError(
             f"`workdir`={workdir} is in use by {holder}. Wait for that to "
             "end, stop it, or use another workdir."
         ) from error

@@ -99,7 +99,7 @@ def test_encoding_a_line_and_decoding_gives_the_line(tmp_path_factory, words):
 
 
 def test_save_and_load_keep_the_fingerprint(tmp_path):
-    path = tmp_path / "new" / "vocabulary.txt"
+    path = tmp_path / "vocabulary.txt"
     built = Vocabulary.build(["a b é".encode()], 99)
     built.save(path)
     assert path.read_text("utf-8") == "<pad>\n<UNK>\n<S>\n</S>\na\nb\né\n"

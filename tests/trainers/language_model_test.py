@@ -138,7 +138,9 @@ def test_evaluate_and_sample_repeat_what_training_told(finished):
 
 
 def test_score_gives_a_line_for_each_line(finished):
-    sentences = b"The people of the United States .\n\xff\xfe\n\nOf the people .\n"
+    sentences = (
+        b"The people of the United States .\n\xff\xfe\n\nOf the people .\n"
+    )
     result = run(finished[0], *SIX_STEPS, "--mode=score", stdin=sentences)
     assert result.returncode == 0, result.stderr.decode()
     header, *rows = result.stdout.decode().splitlines()
@@ -148,9 +150,7 @@ def test_score_gives_a_line_for_each_line(finished):
     assert rows[2].startswith("skipped: blank")
     log_probability, words, _, perplexity = map(float, rows[0].split("\t"))
     assert words == 8
-    assert perplexity == pytest.approx(
-        np.exp(-log_probability / 8), rel=1e-3
-    )
+    assert perplexity == pytest.approx(np.exp(-log_probability / 8), rel=1e-3)
     # A thousand known words, hardly trained: near uniform.
     assert 300 < perplexity < 3000
 

@@ -102,7 +102,7 @@ def test_refuses_a_folder_that_cannot_be_written():
 
 def test_claims_once_in_a_process(tmp_path):
     workdirs.claim(tmp_path, config())  # stays, though nothing refers to it
-    with pytest.raises(RuntimeError, match=f"by process {os.getpid()} on "):
+    with pytest.raises(BlockingIOError, match=f"by process {os.getpid()} on "):
         workdirs.claim(tmp_path, config())
     (tmp_path / "other").mkdir()
     with workdirs.claim(tmp_path / "other", config()) as claim:
@@ -119,7 +119,9 @@ def test_another_process_must_wait_until_the_holder_is_killed(tmp_path):
         try:
             assert holder.stdout.readline() == b"claimed\n"
             start = time.monotonic()
-            with pytest.raises(RuntimeError, match=f"process {holder.pid} on"):
+            with pytest.raises(
+                BlockingIOError, match=f"process {holder.pid} on"
+            ):
                 workdirs.claim(tmp_path, mine)
             assert time.monotonic() - start < 1
             workdirs.check(tmp_path, mine)  # readers need not wait
