@@ -5,6 +5,8 @@ moe-tf-lm --config=... --workdir=... --mode=evaluate
 moe-tf-lm --config=... --workdir=... --mode=score < sentences.txt
 """
 
+import sys
+
 import keras
 from absl import app
 from absl import flags
@@ -47,6 +49,9 @@ def main(argv):
         # where it was noticed.
         logging.log(logging.DEBUG, "Traceback:", exc_info=True)
         raise SystemExit(f"{type(error).__name__}: {error}") from None
+    except KeyboardInterrupt:
+        print("Interrupted. The same command goes on.", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def run():

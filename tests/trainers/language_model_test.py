@@ -1,5 +1,6 @@
 """The trainer as users run it: a process of its own, real text, files."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -214,3 +215,35 @@ def test_full_disk_leaves_the_last_good_checkpoint(finished, tmp_path):
     assert "Could not save step 6" in result.stderr.decode()
     assert (tmp_path / "checkpoints/last/step-00000004").exists()
     assert not list(tmp_path.glob("checkpoints/last/*.tmp"))
+
+
+def test_a_terminal_gets_a_bar(tmp_path):
+    leader, follower = os.openpty()
+    process = subprocess.Popen(
+        command(tmp_path), cwd=REPOSITORY, stdout=follower,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    os.close(follower)
+    told = b""
+    with contextlib.suppress(OSError):  # what Linux raises at the end
+        while data := os.read(leader, 65_536):
+            told += data
+    os.close(leader)
+    assert process.wait() == 0
+    assert b"2/2" in told
+    for name in (b"loss: ", b"perplexity: ", b"worst_load: "):
+        assert name in told
+
+
+def test_interrupt_says_how_to_go_on(tmp_path):
+    process = subprocess.Popen(
+        command(tmp_path, *SIX_STEPS), cwd=REPOSITORY,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith(b"step 2/6"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"same command" in told and b"Traceback" not in told
