@@ -9,6 +9,7 @@ no activation is ever scattered.
 Letters: `A = T * K` assignments, `S` slots, `N` blocks of `C` slots.
 """
 
+import fractions
 import math
 import typing
 
@@ -16,22 +17,45 @@ import tensorflow as tf
 from keras import ops
 
 
-class Plan(typing.NamedTuple):
-    """Where each assignment is computed.
+class Rows(typing.NamedTuple):
+    """A plan in which every assignment has a slot and no slot is empty.
+
+    Slots lie expert by expert, `count_E` of each, those of masked tokens
+    last.
 
     Attributes:
-        assignment_S: int32, the assignment in each slot; `A` if it is empty.
-        slot_TK: int32, the slot of each assignment; `S` if it has none.
+        assignment_S: int32, the assignment in each slot.
+        slot_TK: int32, the slot of each assignment.
         count_E: int32, how many tokens chose each expert.
-        expert_N: int32, the expert of each block of slots; `None` when slots
-            are not grouped in blocks but lie expert by expert, `count_E` of
-            each.
     """
 
     assignment_S: typing.Any
     slot_TK: typing.Any
     count_E: typing.Any
-    expert_N: typing.Any = None
+
+
+class Blocks(typing.NamedTuple):
+    """A plan of blocks of equal size, each of one expert.
+
+    Attributes:
+        assignment_S: int32, the assignment in each slot; `A` if it is empty.
+        slot_TK: int32, the slot of each assignment; `S` if it has none.
+        count_E: int32, how many tokens chose each expert.
+        expert_N: int32, the expert of each block.
+    """
+
+    assignment_S: typing.Any
+    slot_TK: typing.Any
+    count_E: typing.Any
+    expert_N: typing.Any
+
+
+class Capacity(typing.NamedTuple):
+    """`Blocks` with one block for each expert, in their order."""
+
+    assignment_S: typing.Any
+    slot_TK: typing.Any
+    count_E: typing.Any
 
 
 def plan_rows(expert_TK, num_experts):
@@ -40,7 +64,7 @@ def plan_rows(expert_TK, num_experts):
     The slots of masked tokens (expert id `num_experts`) come last.
     """
     order_A, row_A, count_E = _sort(expert_TK, num_experts)
-    return Plan(order_A, ops.reshape(row_A, ops.shape(expert_TK)), count_E)
+    return Rows(order_A, ops.reshape(row_A, ops.shape(expert_TK)), count_E)
 
 
 def plan_blocks(expert_TK, num_experts, block_size):
@@ -62,33 +86,43 @@ def plan_blocks(expert_TK, num_experts, block_size):
         axis=1,
     )
     first_E = (end_E - blocks_E) * block_size
-    return _place(
+    assignment_S, slot_TK = _place(
         expert_TK, order_A, row_A, count_E, passed_N, first_E, block_size
     )
+    return Blocks(assignment_S, slot_TK, count_E, passed_N)
 
 
-def plan_capacity(expert_TK, num_experts, capacity):
-    """One block of `capacity` slots an expert; what overflows is dropped.
+def plan_capacity(expert_TK, num_experts, capacity_factor):
+    """One block of slots an expert; what overflows is dropped.
 
-    Assignments are placed in the order of their tokens, so the last tokens
-    of a batch are the ones that find an expert full.
+    An expert takes `ceil(capacity_factor * A / E)` assignments, `A` those of
+    unmasked tokens. A block has as many slots as if no token were masked, so
+    that its shape depends on shapes alone. Assignments are placed in the
+    order of their tokens, so the last tokens of a batch are the ones that
+    find an expert full.
     """
+    slots = capacity(_size(expert_TK), num_experts, capacity_factor)
     order_A, row_A, count_E = _sort(expert_TK, num_experts)
     expert_N = ops.arange(num_experts, dtype="int32")
-    first_E = expert_N * capacity
-    return _place(
-        expert_TK, order_A, row_A, count_E, expert_N, first_E, capacity,
-        limit=capacity,
+    limit = capacity(ops.sum(count_E), num_experts, capacity_factor)
+    assignment_S, slot_TK = _place(
+        expert_TK, order_A, row_A, count_E, expert_N, expert_N * slots, slots,
+        limit,
     )  # fmt: skip
+    return Capacity(assignment_S, slot_TK, count_E)
 
 
 def capacity(num_assignments, num_experts, capacity_factor):
-    """Slots an expert, `ceil(capacity_factor * A / E)`: an int for an int."""
+    """Slots an expert, `ceil(capacity_factor * A / E)`: an int for an int.
+
+    In whole numbers, of the factor as it is written: 1.1 * 100 / 10 is 11.
+    """
+    factor = fractions.Fraction(str(capacity_factor))
+    parts = factor.denominator * num_experts
     if isinstance(num_assignments, int):
-        return math.ceil(num_assignments * capacity_factor / num_experts)
-    assignments = ops.cast(num_assignments, "float64")
-    slots = ops.ceil(assignments * capacity_factor / num_experts)
-    return ops.cast(slots, "int32")
+        return -(-num_assignments * factor.numerator // parts)
+    wide = ops.cast(num_assignments, "int64") * factor.numerator
+    return ops.cast((wide + parts - 1) // parts, "int32")
 
 
 def dispatch(x_TD, plan):
@@ -198,12 +232,12 @@ def _place(
         placed_A, tf.gather(first_E, known_A) + position_A, num_slots
     )
     slot_TK = ops.reshape(slot_A, ops.shape(expert_TK))
-    return Plan(assignment_S, slot_TK, count_E, expert_N)
+    return assignment_S, slot_TK
 
 
 def _take(x, index, plan):
     """Rows of `x` at `index`; zeros where `index` is past the last row."""
-    if plan.expert_N is None:  # every assignment has a slot, no slot is empty
+    if isinstance(plan, Rows):
         return tf.gather(x, index)
     num_rows = ops.shape(x)[0]
     rows = tf.gather(x, ops.minimum(index, num_rows - 1))

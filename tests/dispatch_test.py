@@ -10,8 +10,17 @@ from moe_tf import dispatch
 def plan_of(way, expert_TK, num_experts, size):
     if way == "rows":
         return dispatch.plan_rows(expert_TK, num_experts)
-    make = {"blocks": dispatch.plan_blocks, "capacity": dispatch.plan_capacity}
-    return make[way](expert_TK, num_experts, size)
+    if way == "blocks":
+        return dispatch.plan_blocks(expert_TK, num_experts, size)
+    return dispatch.plan_capacity(expert_TK, num_experts, size / 2)
+
+
+def limit_of(way, expert_TK, num_experts, size):
+    """The most assignments that an expert takes, by whole numbers."""
+    if way != "capacity":
+        return expert_TK.size
+    num_real = int((expert_TK < num_experts).sum())
+    return -(-size * num_real // (2 * num_experts))
 
 
 @st.composite
@@ -49,7 +58,7 @@ def test_every_kept_assignment_is_computed_once_by_its_expert(
     expert_TK, num_experts = routing
     num_tokens, k = expert_TK.shape
     plan = plan_of(way, expert_TK, num_experts, size)
-    limit = size if way == "capacity" else expert_TK.size
+    limit = limit_of(way, expert_TK, num_experts, size)
     keep_TK = kept(expert_TK, num_experts, limit)
 
     x_TD = np.arange(1.0, num_tokens + 1)[:, None] * np.array([[1.0, 10.0]])
@@ -60,11 +69,12 @@ def test_every_kept_assignment_is_computed_once_by_its_expert(
         slot = slot_TK[t, j]
         np.testing.assert_array_equal(x_SD[slot], x_TD[t])
         used.append(slot)
-        if plan.expert_N is not None:
-            block = slot // (len(x_SD) // len(plan.expert_N))
-            assert plan.expert_N[block] == expert_TK[t, j]
+        if way != "rows":
+            expert_N = getattr(plan, "expert_N", np.arange(num_experts))
+            block = slot // (len(x_SD) // len(expert_N))
+            assert expert_N[block] == expert_TK[t, j]
     assert len(set(used)) == len(used)
-    if plan.expert_N is None:  # slots lie expert by expert
+    if way == "rows":  # slots lie expert by expert
         expert_S = np.sort(expert_TK, axis=None)
         assert (expert_S[used] == expert_TK[keep_TK]).all()
     else:  # what nobody uses is zero
@@ -90,9 +100,8 @@ def test_combine_of_dispatch_and_its_gradients(way, routing, size):
     expert_TK, num_experts = routing
     plan = plan_of(way, expert_TK, num_experts, size)
     real_TK = expert_TK < num_experts
-    keep_TK = real_TK
-    if way == "capacity":
-        keep_TK = kept(expert_TK, num_experts, size)
+    limit = limit_of(way, expert_TK, num_experts, size)
+    keep_TK = kept(expert_TK, num_experts, limit)
     rng = np.random.default_rng(0)
     x_TD = tf.constant(rng.normal(size=(len(expert_TK), 3)))
     weight_TK = tf.constant(rng.normal(size=expert_TK.shape))
@@ -133,3 +142,15 @@ def test_gradients_scatter_no_activation():
         if any(t.dtype.is_floating for t in op.inputs)
     ]
     assert not scatters
+
+
+@pytest.mark.parametrize("static", [True, False])
+@pytest.mark.parametrize(
+    "num_assignments,num_experts,factor,want",
+    [(100, 10, 1.1, 11), (7, 4, 1.0, 2), (16, 4, 1.25, 5), (3, 8, 0.1, 1)],
+)
+def test_capacity_is_the_ceiling_of_the_factor_as_written(
+    static, num_assignments, num_experts, factor, want
+):
+    number = num_assignments if static else tf.constant(num_assignments)
+    assert int(dispatch.capacity(number, num_experts, factor)) == want

@@ -39,10 +39,10 @@ def main(argv):
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
     config = _CONFIG.value
     logging.info("Config:\n%s", config)
-    keras.utils.set_random_seed(config.seed)
-    keras.config.set_dtype_policy(config.dtype_policy)
     try:
         task = tasks.LanguageModelTask(config)
+        keras.utils.set_random_seed(config.seed)
+        keras.config.set_dtype_policy(config.dtype_policy)
         loop.MODES[_MODE.value](task, config, _WORKDIR.value)
     except _TOLD_IN_A_LINE as error:
         # Wrong input and full disks are told in a line; --verbosity=1 adds

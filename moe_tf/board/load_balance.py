@@ -1,5 +1,6 @@
 """How evenly experts are used, in TensorBoard."""
 
+import contextlib
 import os
 
 import keras
@@ -44,19 +45,49 @@ class LoadBalanceBoard(keras.callbacks.Callback):
         self.update_freq = update_freq
         self._writers = {}
 
+    def set_model(self, model):
+        super().set_model(model)
+        names = [balance.name for balance in self.balances()]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                "Layers must have different names to be told apart; pass "
+                f"`name` to `SparseMoE`. Received: {names}"
+            )
+
+    def on_train_begin(self, logs=None):
+        self._written = self.step() // self.update_freq
+
     def on_train_batch_end(self, batch, logs=None):
-        if self.step() % self.update_freq == 0:
-            self.write_training(logs or {})
+        # Not "each so many batches": several of them can make a step, and
+        # several steps can make a batch of Keras's.
+        due = self.step() // self.update_freq
+        if due > self._written:
+            self._written = due
+            with self._disk_errors():
+                self.write_training(logs or {})
 
     def on_test_end(self, logs=None):
-        self.write_validation(logs or {})
-        for writer in self._writers.values():
-            writer.flush()
+        with self._disk_errors():
+            self.write_validation(logs or {})
+            for writer in self._writers.values():
+                writer.flush()
 
     def on_train_end(self, logs=None):
-        for writer in self._writers.values():
-            writer.close()
+        with self._disk_errors():
+            for writer in self._writers.values():
+                writer.close()
         self._writers = {}
+
+    @contextlib.contextmanager
+    def _disk_errors(self):
+        # TensorFlow's would be taken by Keras for the end of the data.
+        try:
+            yield
+        except tf.errors.OpError as error:
+            raise OSError(
+                f"Could not write to `log_dir`={self.log_dir}: "
+                f"{error.message}. Free disk space or allow writing."
+            ) from error
 
     def write_training(self, logs):
         """Writes what the last training batch left behind."""

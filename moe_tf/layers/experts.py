@@ -4,6 +4,9 @@ import keras
 import tensorflow as tf
 from keras import ops
 
+from moe_tf import checks
+from moe_tf import dispatch
+
 
 @keras.saving.register_keras_serializable(package="moe_tf")
 class Experts(keras.layers.Layer):
@@ -20,7 +23,7 @@ class Experts(keras.layers.Layer):
 
     Call arguments:
         inputs: float `(S, D)`, slots in the order of `plan`.
-        plan: `dispatch.Plan`.
+        plan: `dispatch.Rows`, `Blocks` or `Capacity`.
 
     Returns:
         float `(S, D)`; slots that belong to no expert give zeros.
@@ -28,14 +31,8 @@ class Experts(keras.layers.Layer):
 
     def __init__(self, num_experts, hidden_units, activation="relu", **kwargs):
         super().__init__(**kwargs)
-        for name, value in (
-            ("num_experts", num_experts),
-            ("hidden_units", hidden_units),
-        ):
-            if value < 1:
-                raise ValueError(
-                    f"`{name}` must be at least 1. Received: {name}={value}"
-                )
+        checks.at_least("num_experts", num_experts, 1)
+        checks.at_least("hidden_units", hidden_units, 1)
         self.num_experts = num_experts
         self.hidden_units = hidden_units
         self.activation = keras.activations.get(activation)
@@ -60,9 +57,13 @@ class Experts(keras.layers.Layer):
         )
 
     def call(self, inputs, plan):
-        if plan.expert_N is None:
+        if isinstance(plan, dispatch.Rows):
             return self._by_rows(inputs, plan.count_E)
-        return self._by_blocks(inputs, plan.expert_N)
+        in_NDF, out_NFD = self._cast(self.in_EDF), self._cast(self.out_EFD)
+        if isinstance(plan, dispatch.Blocks):
+            in_NDF = tf.gather(in_NDF, plan.expert_N)
+            out_NFD = tf.gather(out_NFD, plan.expert_N)
+        return self._by_blocks(inputs, in_NDF, out_NFD)
 
     def _by_rows(self, x_SD, count_E):
         """A product for each expert, over as many rows as it has."""
@@ -81,13 +82,9 @@ class Experts(keras.layers.Layer):
         ]
         return tf.concat([*y, tf.zeros_like(x_rest)], axis=0)
 
-    def _by_blocks(self, x_SD, expert_N):
+    def _by_blocks(self, x_SD, in_NDF, out_NFD):
         """One batched product over blocks of equal size."""
-        in_NDF, out_NFD = self._cast(self.in_EDF), self._cast(self.out_EFD)
-        if expert_N.shape[0] != self.num_experts:  # not one block an expert
-            in_NDF = tf.gather(in_NDF, expert_N)
-            out_NFD = tf.gather(out_NFD, expert_N)
-        num_blocks, width = ops.shape(expert_N)[0], x_SD.shape[-1]
+        num_blocks, width = ops.shape(in_NDF)[0], x_SD.shape[-1]
         x_NCD = ops.reshape(
             x_SD, (num_blocks, ops.shape(x_SD)[0] // num_blocks, width)
         )

@@ -7,6 +7,7 @@ import tensorflow as tf
 from keras import ops
 from tensorflow.python.ops import control_flow_util
 
+from moe_tf import checks
 from moe_tf import dispatch
 from moe_tf import gating
 from moe_tf import metrics
@@ -25,14 +26,17 @@ class SparseMoE(keras.layers.Layer):
     By default every chosen expert computes every token routed to it, so a
     token's output does not depend on the rest of its batch. With a
     `capacity_factor` each expert takes at most
-    `ceil(capacity_factor * k * T / num_experts)` of the batch's `T` tokens
-    while training, the earlier ones first; what overflows is left out of the
-    sum and counted. Evaluation never drops.
+    `ceil(capacity_factor * k * T / num_experts)` of the batch's `T` unmasked
+    tokens while training, the earlier ones first; what overflows is left out
+    of the sum and counted. Evaluation never drops.
 
     In training the layer adds the paper's importance and load losses, over
-    the whole batch and already weighted. They and the four numbers of
-    `metrics.ExpertBalance`, which show in the logs of `fit` under the
-    layer's name, are taken over unmasked tokens.
+    the whole batch and already weighted: once for each call, also while its
+    weights are frozen. They and the four numbers of `metrics.ExpertBalance`
+    are taken over unmasked tokens. The numbers show in the logs of `fit` and
+    `evaluate` under the layer's name, so layers of one model need different
+    names; every call counts, those of `predict` too, and `layer.balance`
+    holds the vectors of the last one.
 
     Args:
         num_experts: int, `E`.
@@ -76,11 +80,7 @@ class SparseMoE(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if capacity_factor is not None and not capacity_factor > 0:
-            raise ValueError(
-                "`capacity_factor` must be above 0, or None to drop nothing. "
-                f"Received: capacity_factor={capacity_factor}"
-            )
+        checks.positive("capacity_factor", capacity_factor, none_is_fine=True)
         self.capacity_factor = capacity_factor
         self.router = router.NoisyTopKRouter(
             num_experts,
@@ -121,10 +121,12 @@ class SparseMoE(keras.layers.Layer):
 
     def call(self, inputs, mask=None, training=False):
         shape = ops.shape(inputs)
+        inputs = ops.cast(inputs, self.compute_dtype)  # integers too
         x_TD = ops.reshape(inputs, (-1, inputs.shape[-1]))
-        mask_T = None if mask is None else ops.reshape(mask, (-1,))
-        if mask_T is not None:
-            mask_T = ops.cast(mask_T, "bool")
+        mask_T = None
+        if mask is not None:
+            _check_mask(mask, inputs)
+            mask_T = ops.reshape(ops.cast(mask, "bool"), (-1,))
             # A masked token may hold anything, NaN included.
             x_TD = ops.where(mask_T[:, None], x_TD, ops.zeros_like(x_TD))
         routing = self.router(
@@ -132,7 +134,7 @@ class SparseMoE(keras.layers.Layer):
         )
         weight_TK, expert_TK = routing.gates
         plan = self._plan(expert_TK, training)
-        y_SD = self.experts(dispatch.dispatch(x_TD, plan), plan)
+        y_SD = self.experts(dispatch.dispatch(x_TD, plan), plan=plan)
         y_TD = dispatch.combine(y_SD, ops.cast(weight_TK, y_SD.dtype), plan)
         self.balance.update_state(
             routing.importance_E,
@@ -143,15 +145,14 @@ class SparseMoE(keras.layers.Layer):
         return ops.reshape(y_TD, shape)
 
     def _plan(self, expert_TK, training):
-        num_assignments = math.prod(ops.shape(expert_TK))
         if self.capacity_factor is not None and training:
-            capacity = dispatch.capacity(
-                num_assignments, self.num_experts, self.capacity_factor
+            return dispatch.plan_capacity(
+                expert_TK, self.num_experts, self.capacity_factor
             )
-            return dispatch.plan_capacity(expert_TK, self.num_experts, capacity)
         if _compiled_by_xla():
             # Shapes may not depend on the routing. Blocks of half the mean
             # load are at most half as many slots again as assignments.
+            num_assignments = math.prod(ops.shape(expert_TK))
             block_size = num_assignments // (2 * self.num_experts) + 1
             return dispatch.plan_blocks(expert_TK, self.num_experts, block_size)
         return dispatch.plan_rows(expert_TK, self.num_experts)
@@ -173,7 +174,25 @@ class SparseMoE(keras.layers.Layer):
         }
 
 
+def _check_mask(mask, inputs):
+    leading = inputs.shape[:-1]
+    if len(mask.shape) != len(leading) or any(
+        None not in sizes and sizes[0] != sizes[1]
+        for sizes in zip(mask.shape, leading, strict=True)
+    ):
+        raise ValueError(
+            "`mask` must have the shape of the inputs without their last axis. "
+            f"Received: mask of shape {tuple(mask.shape)}, inputs of shape "
+            f"{tuple(inputs.shape)}"
+        )
+
+
 def _compiled_by_xla():
-    """Whether this trace ends in XLA, which wants static shapes."""
+    """Whether this trace ends in XLA, which wants static shapes.
+
+    TensorFlow's own loops ask the same question this way; there is no public
+    one. The answer is that of the trace: a `tf.function` traced outside XLA
+    and called inside it later does not compile.
+    """
     graph = tf.compat.v1.get_default_graph()
     return control_flow_util.GraphOrParentsInXlaContext(graph)

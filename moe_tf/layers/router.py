@@ -5,6 +5,7 @@ import typing
 import keras
 from keras import ops
 
+from moe_tf import checks
 from moe_tf import gating
 from moe_tf import numerics
 
@@ -38,10 +39,10 @@ class NoisyTopKRouter(keras.layers.Layer):
     Args:
         num_experts: int, `E`.
         k: int, experts kept for each token, `1 <= k <= E`. Defaults to `4`.
-        importance_weight: float, `w_importance` of equation 7, at least 0.
+        importance_weight: float, `w_importance` of equation 7; 0 turns the
+            loss off. Defaults to `0.1`.
+        load_weight: float, `w_load` of equation 11; 0 turns the loss off.
             Defaults to `0.1`.
-        load_weight: float, `w_load` of equation 11, at least 0. Defaults to
-            `0.1`.
         seed: optional int for the noise.
 
     Call arguments:
@@ -68,20 +69,15 @@ class NoisyTopKRouter(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(dtype=router_dtype(dtype), **kwargs)
-        if not 1 <= k <= num_experts:
+        checks.at_least("num_experts", num_experts, 1)
+        checks.at_least("k", k, 1)
+        if k > num_experts:
             raise ValueError(
                 "`k` must be between 1 and `num_experts`. "
                 f"Received: k={k}, num_experts={num_experts}"
             )
-        for name, weight in (
-            ("importance_weight", importance_weight),
-            ("load_weight", load_weight),
-        ):
-            if not weight >= 0:
-                raise ValueError(
-                    f"`{name}` must not be negative; 0 turns the loss off. "
-                    f"Received: {name}={weight}"
-                )
+        checks.not_negative("importance_weight", importance_weight)
+        checks.not_negative("load_weight", load_weight)
         self.num_experts = num_experts
         self.k = k
         self.importance_weight = importance_weight

@@ -170,6 +170,16 @@ class LanguageModel(keras.Model):
             x_BD += y_BD
         return self.softmax.logits(x_BD), new_states
 
+    def export(self, filepath, *args, input_signature=None, **kwargs):
+        """`keras.Model.export`, for token ids of any batch and length."""
+        if input_signature is None:
+            input_signature = [
+                keras.InputSpec("int32", (None, None), name="tokens")
+            ]
+        super().export(
+            filepath, *args, input_signature=input_signature, **kwargs
+        )
+
     def get_config(self):
         return {**super().get_config(), **self._config}
 

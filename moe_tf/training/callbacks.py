@@ -93,6 +93,7 @@ class KeepCheckpoints(keras.callbacks.Callback):
 
     Raises:
         FloatingPointError: a loss is not finite; nothing is saved then.
+        RuntimeError: the epoch was cut short; nothing is saved then.
     """
 
     def __init__(self, last, best, best_perplexity=math.inf):
@@ -106,7 +107,7 @@ class KeepCheckpoints(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self._check(logs, "val_loss")
-        step = int(self.model.optimizer.iterations)
+        step = check_step(self.model, (epoch + 1) * self.params["steps"])
         perplexity = float(logs["val_perplexity"])
         is_best = perplexity < self.best_perplexity
         self.best_perplexity = min(perplexity, self.best_perplexity)
@@ -124,12 +125,32 @@ class KeepCheckpoints(keras.callbacks.Callback):
         if math.isfinite(logs[name]):
             return
         step = int(self.model.optimizer.iterations)
+        saved = self.last.latest_step()
+        kept = f"The last is of step {saved}" if saved else "None was saved"
         raise FloatingPointError(
-            f"`{name}` is {logs[name]} at step {step}. The last state saved "
-            f"is that of step {self.last.latest_step()}. A lower "
+            f"`{name}` is {logs[name]} at step {step}. {kept}. A lower "
             "`train.learning_rate`, a longer `train.warmup_steps` or "
             "`train.clip_norm` may help."
         )
+
+
+def check_step(model, expected):
+    """The optimizer's step, which must be `expected`.
+
+    Keras takes an `OutOfRangeError` of any origin for the end of the data,
+    and would end the epoch there as if all were well.
+
+    Raises:
+        RuntimeError: it is not.
+    """
+    step = int(model.optimizer.iterations)
+    if step != expected:
+        raise RuntimeError(
+            f"Training broke off at step {step} instead of {expected}, and "
+            "Keras did not say why. Nothing was saved of the steps since the "
+            "last evaluation; the same command goes on from there."
+        )
+    return step
 
 
 def _pick(names, logs):

@@ -22,16 +22,17 @@ from moe_tf.training import workdir as workdirs
 
 def train(task, config, workdir):
     """Trains to `train.steps`, then tests the best state."""
-    with workdirs.claim(workdir, config):
+    with workdirs.claim(workdir, config, task.free_fields) as claim:
         prepared = task.prepare(workdir)
         _tell(dry_runs.describe(task, config))
         _tell_data(task, config, prepared)
         scorer = task.build(prepared)
+        claim.record()
         last, best = _checkpoints(workdir, config, scorer)
         found = last.restore_latest() or {"step": 0}
-        if found["step"]:
-            _tell(f"Going on from step {found['step']}.")
         if found["step"] < config.train.steps:
+            if found["step"]:
+                _tell(f"Going on from step {found['step']}.")
             _fit(task, config, workdir, prepared, scorer, last, best, found)
         best.restore_latest()
         _evaluate(task, prepared, scorer, ["test"])
@@ -117,6 +118,8 @@ def _fit(task, config, workdir, prepared, scorer, last, best, found):
             callbacks.ProgressBar(config.train.steps),
         ],
     )
+    # Keras takes some errors for the end of the data.
+    callbacks.check_step(scorer, config.train.steps)
 
 
 def _checkpoints(workdir, config, scorer):
@@ -135,7 +138,7 @@ def _checkpoints(workdir, config, scorer):
 
 
 def _open_best(task, config, workdir):
-    workdirs.check(workdir, config)
+    workdirs.check(workdir, config, task.free_fields)
     prepared = task.prepare(workdir)
     scorer = task.build(prepared)
     _, best = _checkpoints(workdir, config, scorer)

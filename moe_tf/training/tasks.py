@@ -6,6 +6,7 @@ import keras
 import ml_collections
 import tensorflow as tf
 
+from moe_tf import checks
 from moe_tf import decoding
 from moe_tf import schedules
 from moe_tf.data import batching
@@ -29,25 +30,16 @@ class LanguageModelTask:
 
     config: ml_collections.ConfigDict
 
+    # What decides neither weights nor data may differ from the run's config.
+    free_fields = (
+        "sample",
+        "train.keep_checkpoints",
+        "train.log_every",
+        "train.steps",
+    )
+
     def __post_init__(self):
-        _check_positive(
-            self.config,
-            "data.batch_words",
-            "data.max_words",
-            "data.vocabulary_size",
-            "train.steps",
-            "train.evaluate_every",
-            "train.log_every",
-            "train.learning_rate",
-            "train.warmup_steps",
-        )
-        steps = self.config.train.steps
-        every = self.config.train.evaluate_every
-        if steps % every:
-            raise ValueError(
-                "`train.steps` must be a multiple of `train.evaluate_every`. "
-                f"Received: train.steps={steps}, train.evaluate_every={every}"
-            )
+        _check_fields(self.config)
         self.variant()
 
     def variant(self) -> variants.Variant:
@@ -126,9 +118,62 @@ class LanguageModelTask:
         return [prepared.vocabulary.sentence(ids) for ids in drawn]
 
 
-def _check_positive(config, *fields):
-    for field in fields:
-        group, name = field.split(".")
-        value = config[group][name]
-        if not value > 0:
-            raise ValueError(f"`{field}` must be above 0. Received: {value}")
+_COUNTS = (
+    "data.batch_words",
+    "data.max_words",
+    "data.vocabulary_size",
+    "train.steps",
+    "train.evaluate_every",
+    "train.log_every",
+    "train.keep_checkpoints",
+    "train.warmup_steps",
+    "sample.num_sentences",
+    "sample.max_words",
+)
+_COUNTS_FROM_ZERO = ("data.shuffle_buffer", "sample.seed")
+_COUNTS_OR_NONE = ("model.width", "model.k", "model.num_sampled")
+_POSITIVE_OR_NONE = ("model.capacity_factor", "train.clip_norm")
+_NOT_NEGATIVE = (
+    "model.importance_weight",
+    "model.load_weight",
+    "sample.temperature",
+)
+
+
+def _check_fields(config):
+    """Refuses values that would fail later, when work has been done."""
+
+    def value_of(field):
+        group, _, name = field.partition(".")
+        return config[group][name]
+
+    checks.at_least("seed", config.seed, 0)
+    try:
+        keras.dtype_policies.get(config.dtype_policy)
+    except ValueError as error:
+        raise ValueError(
+            "`dtype_policy` must be one of Keras's, such as float32 or "
+            f"mixed_bfloat16. Received: dtype_policy={config.dtype_policy}"
+        ) from error
+    for field in _COUNTS:
+        checks.at_least(field, value_of(field), 1)
+    for field in _COUNTS_FROM_ZERO:
+        checks.at_least(field, value_of(field), 0)
+    for field in _COUNTS_OR_NONE:
+        checks.at_least(field, value_of(field), 1, none_is_fine=True)
+    for field in _POSITIVE_OR_NONE:
+        checks.positive(field, value_of(field), none_is_fine=True)
+    for field in _NOT_NEGATIVE:
+        checks.not_negative(field, value_of(field))
+    checks.positive("train.learning_rate", config.train.learning_rate)
+    if not 0 <= config.model.dropout < 1:
+        raise ValueError(
+            "`model.dropout` must be at least 0 and below 1. "
+            f"Received: model.dropout={config.model.dropout}"
+        )
+    steps, every = config.train.steps, config.train.evaluate_every
+    if steps % every:
+        raise ValueError(
+            "`train.steps` must be a multiple of `train.evaluate_every`. "
+            f"Received: train.steps={steps}, train.evaluate_every={every}"
+        )

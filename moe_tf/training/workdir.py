@@ -22,9 +22,24 @@ class Claim:
     Use it as a context manager, or call `release`.
     """
 
-    def __init__(self, file):
+    def __init__(self, file, path, text):
         self._file = file
+        self._path = path
+        self._text = text
         _held.add(self)
+
+    def record(self) -> None:
+        """Writes `config.json` unless it is there.
+
+        To be called when the config has proved usable: a run that could not
+        begin then leaves the workdir free for the corrected config.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if not os.path.exists(self._path):
+            with _explained(os.path.dirname(self._path)):
+                files.write(self._path, self._text)
 
     def release(self) -> None:
         """Lets other trainers claim the workdir; a second call does nothing."""
@@ -38,16 +53,18 @@ class Claim:
         self.release()
 
 
-def claim(workdir, config) -> Claim:
+def claim(workdir, config, free=()) -> Claim:
     """Takes the workdir for this process and this config.
 
     Makes the folder if need be, locks `<workdir>/.lock` (`flock`, so the
-    operating system frees it however the process ends) and writes
-    `<workdir>/config.json` unless it is there.
+    operating system frees it however the process ends) and compares the
+    config with `<workdir>/config.json`, which `Claim.record` writes.
 
     Args:
         workdir: folder of the run.
         config: `ConfigDict` of plain data (what JSON holds).
+        free: names of fields and groups that may differ, such as `"sample"`
+            and `"train.steps"`.
 
     Returns:
         A `Claim`.
@@ -67,17 +84,14 @@ def claim(workdir, config) -> Claim:
         _lock(file, workdir)
         path = os.path.join(workdir, _CONFIG)
         if os.path.exists(path):
-            check(workdir, config)
-        else:
-            with _explained(workdir):
-                files.write(path, text)
+            check(workdir, config, free)
     except BaseException:
         file.close()
         raise
-    return Claim(file)
+    return Claim(file, path, text)
 
 
-def check(workdir, config) -> None:
+def check(workdir, config, free=()) -> None:
     """Raises unless the workdir belongs to a run of this config.
 
     Writes nothing and takes no lock, so it suits those who only read.
@@ -107,6 +121,7 @@ def check(workdir, config) -> None:
         f"{now.get(name, 'missing')} now"
         for name in sorted(then.keys() | now.keys())
         if then.get(name) != now.get(name)
+        and not any(f"{name}.".startswith(f"{field}.") for field in free)
     ]
     if lines:
         raise ValueError(

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -143,3 +146,64 @@ def test_training_board_adds_loss_and_learning_rate(tmp_path):
 def test_bad_frequency_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`update_freq`.*update_freq=0"):
         load_balance.LoadBalanceBoard(tmp_path, update_freq=0)
+
+
+@pytest.mark.parametrize(
+    "steps_per_execution,accumulation,update_freq,want",
+    [
+        (1, 4, 2, [2, 4]),  # 16 batches are 4 steps
+        (8, None, 5, [8, 16]),  # Keras calls back after 8 and 16
+        (1, None, 5, [5, 10, 15]),
+    ],
+)
+def test_writes_by_the_optimizers_step(
+    tmp_path, steps_per_execution, accumulation, update_freq, want
+):
+    model = keras.Sequential([moe.SparseMoE(4, 5, k=2, name="moe")])
+    model.compile(
+        keras.optimizers.SGD(0.1, gradient_accumulation_steps=accumulation),
+        "mse",
+        jit_compile=False,
+        steps_per_execution=steps_per_execution,
+    )
+    board = load_balance.LoadBalanceBoard(tmp_path, update_freq=update_freq)
+    x_TD = tokens(32, 6)
+    model.fit(x_TD, x_TD, batch_size=2, verbose=0, callbacks=[board])
+    written = read(tmp_path / "train")[tags.balance("moe", "cv_load")]
+    assert [step for step, _ in written] == want
+
+
+def test_layers_of_one_name_are_refused(tmp_path):
+    models = [
+        keras.Sequential([moe.SparseMoE(4, 5, k=2, name="moe")])
+        for _ in range(2)
+    ]
+    model = keras.Sequential(models)
+    model.compile("sgd", "mse")
+    model.build((None, 6))
+    board = load_balance.LoadBalanceBoard(tmp_path)
+    with pytest.raises(ValueError, match="different names.*'moe', 'moe'"):
+        model.fit(tokens(4, 6), tokens(4, 6), callbacks=[board], verbose=0)
+
+
+def test_a_full_disk_is_an_error_and_not_the_end_of_the_data(tmp_path):
+    script = f"""
+import resource, signal
+import numpy as np
+import keras, moe_tf
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+model = keras.Sequential([moe_tf.SparseMoE(4, 5, k=2, name="moe")])
+model.compile("sgd", "mse")
+board = moe_tf.LoadBalanceBoard({str(tmp_path)!r}, update_freq=1)
+x = np.ones((900, 6))
+try:
+    model.fit(x, x, batch_size=1, verbose=0, epochs=3, callbacks=[board],
+              validation_data=(x[:2], x[:2]))
+except OSError as error:
+    print("told:", error)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, timeout=200
+    )
+    assert b"told: Could not write to `log_dir`" in result.stdout, result.stderr

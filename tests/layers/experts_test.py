@@ -19,11 +19,46 @@ def test_each_expert_is_initialised_by_its_own_fans():
     assert np.abs(values[0] - values[1]).max() > 0.1
 
 
+@pytest.mark.parametrize("value", [0, 2.5])
 @pytest.mark.parametrize("field", ["num_experts", "hidden_units"])
-def test_sizes_below_one_are_refused(field):
-    sizes = {"num_experts": 2, "hidden_units": 3, field: 0}
-    with pytest.raises(ValueError, match=f"`{field}`.*Received: {field}=0"):
+def test_sizes_that_are_no_counts_are_refused(field, value):
+    sizes = {"num_experts": 2, "hidden_units": 3, field: value}
+    with pytest.raises(ValueError, match=f"`{field}`.* {field}={value}"):
         experts.Experts(**sizes)
+
+
+@pytest.mark.parametrize("num_experts,k", [(4, 1), (4, 2), (3, 3)])
+@pytest.mark.parametrize("num_tokens", [2, 3, 9])
+def test_all_plans_give_the_same(num_experts, k, num_tokens):
+    # Two tokens in blocks of eight make as many blocks as there are experts:
+    # the block of an expert is not always at the expert's place.
+    layer = experts.Experts(num_experts, 5, dtype="float64")
+    layer.build((None, 6))
+    rng = np.random.default_rng(0)
+    x_TD = tf.constant(rng.normal(size=(num_tokens, 6)))
+    weight_TK = rng.normal(size=(num_tokens, k))
+    expert_TK = np.stack(
+        [rng.permutation(num_experts)[:k] for _ in range(num_tokens)]
+    ).astype("int32")
+    plans = [
+        dispatch.plan_rows(expert_TK, num_experts),
+        dispatch.plan_blocks(expert_TK, num_experts, 8),
+        dispatch.plan_blocks(expert_TK, num_experts, 1),
+        dispatch.plan_capacity(expert_TK, num_experts, float(num_experts)),
+    ]
+    variables = [layer.in_EDF.value, layer.out_EFD.value]
+    results = []
+    for plan in plans:
+        with tf.GradientTape() as tape:
+            tape.watch(x_TD)
+            y_SD = layer(dispatch.dispatch(x_TD, plan), plan=plan)
+            y_TD = dispatch.combine(y_SD, tf.constant(weight_TK), plan)
+            loss = tf.reduce_sum(tf.sin(y_TD))
+        gradients = tape.gradient(loss, [x_TD, *variables])
+        results.append([y_TD, *map(tf.convert_to_tensor, gradients)])
+    for result in results[1:]:
+        for want, got in zip(results[0], result, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("num_experts", [4, 32])
@@ -40,5 +75,5 @@ def test_work_follows_the_assignments_and_not_the_experts(num_experts):
         [rng.permutation(num_experts)[:2] for _ in range(64)]
     ).astype("int32")
     plan = dispatch.plan_rows(expert_TK, num_experts)
-    layer(dispatch.dispatch(tf.ones((64, 8)), plan), plan)
+    layer(dispatch.dispatch(tf.ones((64, 8)), plan), plan=plan)
     assert sum(rows) == 64 * 2

@@ -29,8 +29,11 @@ class RouterTest(keras_contract.TestCase):
     [
         ("k", {"num_experts": 4, "k": 5}),
         ("k", {"num_experts": 4, "k": 0}),
+        ("k", {"num_experts": 4, "k": 2.0}),
+        ("num_experts", {"num_experts": 4.0}),
         ("importance_weight", {"num_experts": 4, "importance_weight": -0.1}),
         ("load_weight", {"num_experts": 4, "load_weight": float("nan")}),
+        ("load_weight", {"num_experts": 4, "load_weight": float("inf")}),
     ],
 )
 def test_bad_arguments_name_the_field(field, kwargs):

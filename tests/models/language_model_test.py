@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -230,3 +233,35 @@ def test_config_holds_every_argument():
     copy = LanguageModel.from_config(config)
     assert copy.get_config() == config
     assert copy.dtype_policy.name == "mixed_bfloat16"
+
+
+def test_a_saved_model_loads_where_only_moe_tf_is_imported(tmp_path):
+    model = LanguageModel("MoE-4", 9, width=6, seed=0)
+    tokens_BL = np.array([[2, 5, 6, 3], [2, 7, 3, 0]])
+    want_BLV = np.asarray(model(tokens_BL))
+    model.save(tmp_path / "model.keras")
+    np.save(tmp_path / "tokens.npy", tokens_BL)
+    script = (
+        "import sys, keras, moe_tf, numpy as np;"
+        "model = keras.models.load_model(sys.argv[1] + '/model.keras');"
+        "tokens = np.load(sys.argv[1] + '/tokens.npy');"
+        "np.save(sys.argv[1] + '/logits.npy', np.asarray(model(tokens)))"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], check=True, timeout=200
+    )
+    got_BLV = np.load(tmp_path / "logits.npy")
+    np.testing.assert_allclose(got_BLV, want_BLV, atol=1e-6)
+
+
+def test_an_exported_model_takes_ids_of_any_length(tmp_path):
+    model = LanguageModel("MoE-4", 9, width=6, seed=0)
+    model.build()
+    model.export(tmp_path / "exported", verbose=False)
+    served = tf.saved_model.load(tmp_path / "exported")
+    for shape in ((2, 5), (1, 3)):
+        tokens_BL = np.random.default_rng(0).integers(1, 9, shape)
+        tokens_BL = tf.constant(tokens_BL, tf.int32)
+        np.testing.assert_allclose(
+            served.serve(tokens_BL), model(tokens_BL), atol=1e-6
+        )

@@ -129,7 +129,7 @@ def test_another_config_is_refused_with_the_difference(finished):
 
 def test_evaluate_and_sample_repeat_what_training_told(finished):
     workdir, told = finished
-    for mode, start in (("evaluate", "test"), ("sample", "sample:")):
+    for mode, start in (("evaluate", "test perp"), ("sample", "sample:")):
         result = run(workdir, *SIX_STEPS, f"--mode={mode}")
         assert result.returncode == 0, result.stderr.decode()
         lines = result.stdout.decode().splitlines()
@@ -172,16 +172,57 @@ def test_dry_run_writes_nothing(tmp_path):
     [
         ("--config.train.steps=5", "`train.steps` must be a multiple"),
         ("--config.model.variant=MoE-x", "MoE-x"),
-        ("--config.data.corpus=none", "`data.corpus`"),
         ("--config.data.batch_words=0", "`data.batch_words`"),
-        ("--config.train.stepz=5", "stepz"),
+        ("--config.sample.num_sentences=0", "`sample.num_sentences`"),
+        ("--config.seed=-1", "`seed`"),
+        ("--config.dtype_policy=float31", "`dtype_policy`"),
+        ("--config.model.dropout=1.0", "`model.dropout`"),
     ],
 )
-def test_bad_fields_are_named(tmp_path, override, message):
-    settings = ["--config.train.evaluate_every=2", override]
-    result = run(tmp_path, *settings)
+def test_bad_fields_are_named_before_anything_is_done(
+    tmp_path, override, message
+):
+    workdir = tmp_path / "run"
+    result = run(workdir, "--config.train.evaluate_every=2", override)
     assert result.returncode != 0
     assert message in result.stderr.decode()
+    assert "Traceback" not in result.stderr.decode()
+    assert not workdir.exists()
+
+
+def test_a_field_that_does_not_exist_is_named(tmp_path):
+    result = run(tmp_path / "run", "--config.train.stepz=5")
+    assert result.returncode != 0
+    assert 'Did you mean "steps"' in result.stderr.decode()
+
+
+def test_a_run_that_could_not_begin_leaves_the_workdir_free(tmp_path):
+    files = ["--config.data.corpus=files"]
+    for split in ("train", "validation", "test"):
+        text = tmp_path / f"{split}.txt"
+        text.write_text("a b c d .\n" * 50)
+        files.append(f"--config.data.{split}={text}")
+    workdir = tmp_path / "run"
+    for field, value in (("corpus", "none"), ("train", "none.txt")):
+        result = run(workdir, *files, f"--config.data.{field}={value}")
+        assert result.returncode == 1
+        assert f"`data.{field}`" in result.stderr.decode()
+    result = run(workdir, *files)
+    assert result.returncode == 0, result.stderr.decode()
+
+
+def test_what_decides_no_weight_may_change(finished):
+    result = run(
+        finished[0],
+        *SIX_STEPS,
+        "--mode=sample",
+        "--config.sample.temperature=0.0",
+        "--config.sample.num_sentences=2",
+        "--config.train.log_every=3",
+    )
+    assert result.returncode == 0, result.stderr.decode()
+    first, second = result.stdout.decode().splitlines()
+    assert first == second  # the likeliest words
 
 
 def test_no_checkpoint_is_said(tmp_path):

@@ -4,6 +4,7 @@ import math
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from moe_tf.layers import moe
 from moe_tf.metrics import Perplexity
@@ -81,6 +82,20 @@ def test_the_last_and_the_best_state_are_kept(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match="`loss` is nan at step"):
         fit(tmp_path, learning_rate=math.inf)
+    assert not (tmp_path / "last").exists()
+
+
+class BreaksOff(keras.callbacks.Callback):
+    """Raises what Keras takes for the end of the data."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 2:
+            raise tf.errors.OutOfRangeError(None, None, "a full disk, say")
+
+
+def test_an_epoch_cut_short_is_not_saved(tmp_path):
+    with pytest.raises(RuntimeError, match="at step 3 instead of 4"):
+        fit(tmp_path, extra=[BreaksOff()])
     assert not (tmp_path / "last").exists()
 
 

@@ -27,9 +27,32 @@ def config(**changes):
     return result
 
 
+def record(path, config):
+    with workdirs.claim(path, config) as claim:
+        claim.record()
+
+
+def test_a_run_that_did_not_begin_binds_nothing(tmp_path):
+    workdirs.claim(tmp_path, config(**{"train.steps": 200})).release()
+    record(tmp_path, config())
+
+
+def test_fields_that_are_free_may_differ(tmp_path):
+    record(tmp_path, config())
+    other = config(**{"train.steps": 200, "moe.k": 3})
+    for free in (["train.steps", "moe"], ["train", "moe.k"]):
+        workdirs.check(tmp_path, other, free)
+        workdirs.claim(tmp_path, other, free).release()
+    for free in (["train.step", "moe"], ["train"]):
+        with pytest.raises(ValueError, match="another config"):
+            workdirs.check(tmp_path, other, free)
+
+
 def test_writes_the_config_once(tmp_path):
     path = tmp_path / "runs" / "one"
-    with workdirs.claim(path, config()):
+    with workdirs.claim(path, config()) as claim:
+        assert not (path / "config.json").exists()
+        claim.record()
         text = (path / "config.json").read_text()
     assert json.loads(text) == {
         "moe": {"k": 2, "sizes": [3, 4]},
@@ -38,14 +61,15 @@ def test_writes_the_config_once(tmp_path):
     }
     assert text.index('"moe"') < text.index('"seed"') < text.index('"train"')
     before = os.stat(path / "config.json")
-    with workdirs.claim(path, config()):
+    with workdirs.claim(path, config()) as claim:
+        claim.record()
         workdirs.check(path, config())
     assert os.stat(path / "config.json") == before
     assert sorted(os.listdir(path)) == [".lock", "config.json"]
 
 
 def test_refuses_another_config_field_by_field(tmp_path):
-    workdirs.claim(tmp_path, config()).release()
+    record(tmp_path, config())
     other = config(**{"train.steps": 200, "moe.sizes": (3, 5)})
     other.moe.gating = "softmax"
     other.extra = ml_collections.ConfigDict()
@@ -124,7 +148,8 @@ def test_another_process_must_wait_until_the_holder_is_killed(tmp_path):
             ):
                 workdirs.claim(tmp_path, mine)
             assert time.monotonic() - start < 1
-            workdirs.check(tmp_path, mine)  # readers need not wait
+            with pytest.raises(FileNotFoundError):  # readers need not wait
+                workdirs.check(tmp_path, mine)
         finally:
             holder.kill()
     workdirs.claim(tmp_path, mine).release()
