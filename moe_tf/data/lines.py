@@ -90,7 +90,7 @@ class TextFile:
     def raw_lines(self) -> Iterator[bytes | None]:
         try:
             with self._open() as file:
-                yield from _bounded_lines(file)
+                yield from bounded_lines(file)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(
                 f"`{self.field}` names {self.path}, which is not a whole gzip "
@@ -195,7 +195,8 @@ def why_unusable(raw: bytes | None, max_words: int) -> str | None:
     return TOO_LONG if num_words > max_words else None
 
 
-def _bounded_lines(file) -> Iterator[bytes | None]:
+def bounded_lines(file) -> Iterator[bytes | None]:
+    """Lines of a binary file; `None` for one over `LONGEST_LINE` bytes."""
     while raw := file.readline(LONGEST_LINE):
         if len(raw) < LONGEST_LINE or raw.endswith(b"\n"):
             yield raw

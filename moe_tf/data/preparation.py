@@ -79,7 +79,8 @@ def prepare(data_config, workdir: str) -> Prepared:
     """Builds or loads `vocabulary.txt` and `data.json` of a run.
 
     The first call in a `workdir` reads every split once. Later calls load
-    what it wrote, and refuse to go on if that no longer fits.
+    what it wrote, and refuse to go on if that no longer fits. Of the sources
+    they compare names and sizes, not contents, which may be terabytes.
 
     Args:
         data_config: see `corpora.open_corpus`; besides, `vocabulary_size`

@@ -12,7 +12,6 @@ from absl import logging
 
 from moe_tf import files
 from moe_tf.training.variables import list_some
-from moe_tf.training.variables import named_variables as named_variables
 
 # A checkpoint is a folder `step-<number>` of these. A name with `.old` is a
 # checkpoint of its step as long as there is none without; one with `.tmp` is
@@ -43,7 +42,7 @@ class Checkpoints:
     Args:
         directory: the folder; the first `save` makes it.
         variables: dict of `tf.Variable`, DTensor variables included, by the
-            names under which they are saved. See `named_variables`.
+            names under which they are saved. See `variables.named_variables`.
         keep: int, number of checkpoints that stay. Defaults to `2`.
 
     Raises:

@@ -17,6 +17,7 @@ from moe_tf.training import callbacks
 from moe_tf.training import checkpoints
 from moe_tf.training import dry_run as dry_runs
 from moe_tf.training import scoring
+from moe_tf.training import variables
 from moe_tf.training import workdir as workdirs
 
 
@@ -72,8 +73,7 @@ def score(task, config, workdir):
         perplexity = np.exp(-scored.log_probability / scored.words)
         print(
             f"{scored.log_probability:.4f}\t{scored.words}\t"
-            f"{scored.unknown}\t{perplexity:.2f}",
-            flush=True,
+            f"{scored.unknown}\t{perplexity:.2f}"
         )
     if num_words:
         perplexity = np.exp(-total / num_words)
@@ -123,17 +123,15 @@ def _fit(task, config, workdir, prepared, scorer, last, best, found):
 
 
 def _checkpoints(workdir, config, scorer):
-    variables = checkpoints.named_variables(scorer)
+    named = variables.named_variables(scorer)
     folder = os.path.join(workdir, "checkpoints")
     return (
         checkpoints.Checkpoints(
             os.path.join(folder, "last"),
-            variables,
+            named,
             keep=config.train.keep_checkpoints,
         ),
-        checkpoints.Checkpoints(
-            os.path.join(folder, "best"), variables, keep=1
-        ),
+        checkpoints.Checkpoints(os.path.join(folder, "best"), named, keep=1),
     )
 
 

@@ -30,14 +30,17 @@ class Scored:
     skipped: str | None = None
 
 
-def score_lines(scorer, prepared, raw_lines) -> Iterator[Scored]:
+def score_lines(scorer, prepared, file) -> Iterator[Scored]:
     """Scores sentences in order, one `Scored` for each line.
+
+    Reads 64 lines ahead.
 
     Args:
         scorer: `NextWordScorer`.
         prepared: the `Prepared` corpus that it was trained on.
-        raw_lines: iterable of lines as bytes, of any number.
+        file: binary file of sentences, one a line, of any length.
     """
+    raw_lines = lines.bounded_lines(file)
     max_words = prepared.corpus.max_words
     while chunk := list(itertools.islice(raw_lines, _LINES_AT_ONCE)):
         reasons = [lines.why_unusable(raw, max_words) for raw in chunk]

@@ -106,26 +106,46 @@ def test_matches_the_numpy_oracle(num_experts, k, training):
         np.testing.assert_allclose(sum(layer.losses), want, rtol=1e-6)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("num_experts,k", [(5, 2), (4, 1), (3, 3)])
-def test_gradients_match_finite_differences(num_experts, k, masked):
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize(
+    "num_experts,k,masked,capacity_factor",
+    [
+        (5, 2, False, None),
+        (5, 2, True, None),
+        (4, 1, True, None),
+        (3, 3, False, None),
+        (4, 2, False, 0.75),
+        (4, 2, True, 0.75),
+    ],
+)
+def test_gradients_match_finite_differences(
+    num_experts, k, masked, capacity_factor, jit_compile
+):
     # Task loss and both balancing losses together, so that a loss without a
     # gradient to the gate would show.
-    layer = layer_with_weights(num_experts, k)
+    layer = layer_with_weights(num_experts, k, capacity_factor=capacity_factor)
     state = np.asarray(layer.router.seed_generator.state)
     mask_T = np.arange(8) % 3 > 0 if masked else None
     target_TD = tokens(8, 6, seed=1)
     variables = [v.value for v in layer.trainable_variables]
 
-    def loss(x_TD, *_):
-        layer.router.seed_generator.state.assign(state)
-        y_TD = layer(x_TD, mask=mask_T, training=True)
-        return tf.reduce_sum(tf.square(y_TD - target_TD)) + sum(layer.losses)
-
     x_TD = tf.Variable(tokens(8, 6))
-    with tf.GradientTape() as tape:
-        value = loss(x_TD)
-    got = tape.gradient(value, [x_TD, *variables])
+
+    @tf.function(jit_compile=jit_compile)
+    def loss_and_gradients():
+        with tf.GradientTape() as tape:
+            y_TD = layer(x_TD, mask=mask_T, training=True)
+            loss = tf.reduce_sum(tf.square(y_TD - target_TD))
+            loss += sum(layer.losses)
+        gradients = tape.gradient(loss, [x_TD, *variables])
+        return loss, [tf.convert_to_tensor(g) for g in gradients]
+
+    def evaluate():
+        layer.router.seed_generator.state.assign(state)
+        return loss_and_gradients()
+
+    _, got = evaluate()
+    assert (np.sum(layer.balance.dropped_E) > 0) == bool(capacity_factor)
     rng = np.random.default_rng(2)
     step = 1e-6
     for variable, gradient in zip([x_TD, *variables], got, strict=True):
@@ -135,7 +155,7 @@ def test_gradients_match_finite_differences(num_experts, k, masked):
             ends = []
             for sign in (1, -1):
                 variable.assign(here + sign * step * along)
-                ends.append(float(loss(x_TD)))
+                ends.append(float(evaluate()[0]))
             variable.assign(here)
             want = (ends[0] - ends[1]) / (2 * step)
             slope = float(tf.reduce_sum(gradient * along))

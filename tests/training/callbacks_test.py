@@ -12,6 +12,7 @@ from moe_tf.metrics import WordCount
 from moe_tf.models.next_word_scorer import MeanOverWords
 from moe_tf.training import callbacks
 from moe_tf.training import checkpoints
+from moe_tf.training.variables import named_variables
 
 
 def fit(tmp_path, num_moe=1, learning_rate=1e-3, epochs=2, extra=()):
@@ -29,9 +30,9 @@ def fit(tmp_path, num_moe=1, learning_rate=1e-3, epochs=2, extra=()):
         jit_compile=False,
     )
     model.optimizer.build(model.trainable_variables)
-    variables = checkpoints.named_variables(model)
-    last = checkpoints.Checkpoints(tmp_path / "last", variables)
-    best = checkpoints.Checkpoints(tmp_path / "best", variables, keep=1)
+    named = named_variables(model)
+    last = checkpoints.Checkpoints(tmp_path / "last", named)
+    best = checkpoints.Checkpoints(tmp_path / "best", named, keep=1)
     x_BLD = np.random.default_rng(0).normal(size=(8, 3, 4))
     weights_BL = np.ones((8, 3))
     weights_BL[:, 2] = 0

@@ -1,0 +1,70 @@
+import keras
+import numpy as np
+import pytest
+
+from configs import lm_demo
+from moe_tf.training import tasks
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    task = tasks.LanguageModelTask(lm_demo.get_config("tiny"))
+    return task.prepare(str(tmp_path_factory.mktemp("run")))
+
+
+@pytest.mark.parametrize("clip_norm", [None, 2.5])
+def test_the_optimizer_is_what_the_config_says(prepared, clip_norm):
+    config = lm_demo.get_config("tiny")
+    config.train.clip_norm = clip_norm
+    config.train.warmup_steps = 4
+    scorer = tasks.LanguageModelTask(config).build(prepared)
+    assert scorer.optimizer.global_clipnorm == clip_norm
+    scorer.optimizer.iterations.assign(2)
+    rate = float(scorer.optimizer.learning_rate)
+    assert rate == pytest.approx(config.train.learning_rate / 2)
+
+
+@pytest.mark.parametrize("num_sampled", [None, 32])
+@pytest.mark.parametrize("capacity_factor", [None, 0.25])
+def test_model_fields_reach_the_layers(prepared, num_sampled, capacity_factor):
+    config = lm_demo.get_config("tiny")
+    config.model.update(
+        k=2, num_sampled=num_sampled, capacity_factor=capacity_factor
+    )
+    task = tasks.LanguageModelTask(config)
+    scorer = task.build(prepared)
+    inputs, _, weights_BL = next(iter(task.batches(prepared, "train")))
+    nll_BL = scorer(inputs, training=True)
+    balance = scorer.language_model.blocks[1].balance
+    assert np.sum(balance.assigned_E) == 2 * np.sum(weights_BL)
+    assert (np.sum(balance.dropped_E) > 0) == (capacity_factor is not None)
+    # Untrained: near uniform over what the softmax sees.
+    mean = float(np.sum(nll_BL * weights_BL) / np.sum(weights_BL))
+    assert mean == pytest.approx(
+        np.log(1000), rel=0.05 if not num_sampled else 0.5
+    )
+
+
+def test_mixed_bfloat16_scores_as_float32_does(prepared):
+    perplexities = []
+    for policy in ("float32", "mixed_bfloat16"):
+        keras.utils.set_random_seed(0)
+        keras.config.set_dtype_policy(policy)
+        try:
+            config = lm_demo.get_config("tiny")
+            task = tasks.LanguageModelTask(config)
+            scorer = task.build(prepared)
+            scorer.fit(
+                task.batches(prepared, "train"), steps_per_epoch=100, verbose=0
+            )
+            perplexities.append(
+                scorer.evaluate(
+                    task.batches(prepared, "validation"),
+                    verbose=0,
+                    return_dict=True,
+                )["perplexity"]
+            )
+        finally:
+            keras.config.set_dtype_policy("float32")
+    assert perplexities[0] < 700  # it has learned something
+    assert perplexities[1] == pytest.approx(perplexities[0], rel=0.05)
