@@ -1,5 +1,8 @@
 """A trainer's own numbers beside the balance of its experts."""
 
+import time
+
+import numpy as np
 import tensorflow as tf
 
 from moe_tf import tags
@@ -10,20 +13,29 @@ class TrainingBoard(LoadBalanceBoard):
     """`LoadBalanceBoard` plus loss, perplexity, learning rate and speed.
 
     One callback, because TensorBoard wants one writer a directory. Training
-    figures are what `fit` logs: means since the epoch began.
+    figures are means over the steps since the point before; Keras logs means
+    since the epoch began, which lag. For models of `compile_for_words`.
     """
 
-    _TRAINING = {
-        "loss": tags.LOSS,
-        "perplexity": tags.PERPLEXITY,
-        "words_per_second": tags.WORDS_PER_SECOND,
-    }
-    _VALIDATION = {"loss": tags.LOSS, "perplexity": tags.PERPLEXITY}
+    def on_epoch_begin(self, epoch, logs=None):
+        # Keras resets its metrics here, and evaluates between epochs.
+        self._sums = {}
+        self._since = time.perf_counter()
 
     def write_training(self, logs):
         super().write_training(logs)
+        nats = logs["words"] * np.log(logs["perplexity"])
+        new_words = self._new("words", logs["words"])
+        new_nats = self._new("nats", nats)
+        (loss,) = (m for m in self.model.metrics if m.name == "loss")
+        new_loss = self._new("loss", float(loss.total))
+        new_count = self._new("count", float(loss.count))
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
         with self.writer("train").as_default(self.step()):
-            _write(self._TRAINING, logs)
+            tf.summary.scalar(tags.LOSS, new_loss / new_count)
+            tf.summary.scalar(tags.PERPLEXITY, np.exp(new_nats / new_words))
+            tf.summary.scalar(tags.WORDS_PER_SECOND, new_words / seconds)
             tf.summary.scalar(
                 tags.LEARNING_RATE, self.model.optimizer.learning_rate
             )
@@ -31,10 +43,11 @@ class TrainingBoard(LoadBalanceBoard):
     def write_validation(self, logs):
         super().write_validation(logs)
         with self.writer("validation").as_default(self.step()):
-            _write(self._VALIDATION, logs)
+            tf.summary.scalar(tags.LOSS, logs["loss"])
+            tf.summary.scalar(tags.PERPLEXITY, logs["perplexity"])
 
-
-def _write(tag_of, logs):
-    for name, tag in tag_of.items():
-        if name in logs:
-            tf.summary.scalar(tag, logs[name])
+    def _new(self, name, total):
+        """What a sum has gained since it was asked for last."""
+        gained = total - self._sums.get(name, 0.0)
+        self._sums[name] = total
+        return gained

@@ -4,13 +4,11 @@ import sys
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from tensorboard.backend.event_processing import event_accumulator
 from tensorboard.util import tensor_util
 
 from moe_tf import tags
 from moe_tf.board import load_balance
-from moe_tf.board import training
 from moe_tf.layers import moe
 
 
@@ -126,21 +124,6 @@ def test_tags_do_not_grow_with_experts(tmp_path):
         model.fit(tokens(8, 6), tokens(8, 6), verbose=0, callbacks=[board])
         number.append(len(read(folder / "train")))
     assert number[0] == number[1] == 2 * 5 + 1
-
-
-def test_training_board_adds_loss_and_learning_rate(tmp_path):
-    model = model_with_two_layers()
-    board = training.TrainingBoard(tmp_path, update_freq=1)
-    x_TD = tokens(8, 6)
-    history = model.fit(
-        x_TD, x_TD, validation_data=(x_TD, x_TD), verbose=0, callbacks=[board]
-    ).history
-    train, validation = read(tmp_path / "train"), read(tmp_path / "validation")
-    assert train[tags.LOSS][-1][1] == pytest.approx(history["loss"][-1])
-    assert train[tags.LEARNING_RATE][0][1] == pytest.approx(1e-3)
-    assert validation[tags.LOSS][0][1] == pytest.approx(history["val_loss"][0])
-    # One event file a run: TensorBoard follows only the newest.
-    assert len(tf.io.gfile.glob(str(tmp_path / "*" / "events*"))) == 2
 
 
 def test_bad_frequency_is_refused(tmp_path):
