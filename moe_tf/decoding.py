@@ -11,6 +11,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from moe_tf import checks
+
 PADDING_ID = 0
 
 
@@ -72,19 +74,9 @@ def sample(
 
 
 def _check(num_sequences, max_length, temperature):
-    for name, number in (
-        ("num_sequences", num_sequences),
-        ("max_length", max_length),
-    ):
-        if number < 1:
-            raise ValueError(
-                f"`{name}` must be at least 1. Received: {name}={number}"
-            )
-    if not 0 <= temperature < math.inf:
-        raise ValueError(
-            "`temperature` must be finite and not below 0. "
-            f"Received: {temperature=}"
-        )
+    checks.at_least("num_sequences", num_sequences, 1)
+    checks.at_least("max_length", max_length, 1)
+    checks.not_negative("temperature", temperature)
 
 
 def _choose(logits_NV, temperature, generator):

@@ -3,6 +3,8 @@
 import keras
 from keras import ops
 
+from moe_tf import checks
+
 
 @keras.saving.register_keras_serializable(package="moe_tf")
 class WarmupInverseSqrt(keras.optimizers.schedules.LearningRateSchedule):
@@ -25,13 +27,8 @@ class WarmupInverseSqrt(keras.optimizers.schedules.LearningRateSchedule):
 
     def __init__(self, peak, warmup_steps=1000, name="warmup_inverse_sqrt"):
         super().__init__()
-        if not peak > 0:
-            raise ValueError(f"`peak` must be above 0. Received: peak={peak}")
-        if warmup_steps < 1:
-            raise ValueError(
-                "`warmup_steps` must be at least 1. "
-                f"Received: warmup_steps={warmup_steps}"
-            )
+        checks.positive("peak", peak)
+        checks.at_least("warmup_steps", warmup_steps, 1)
         self.peak = peak
         self.warmup_steps = warmup_steps
         self.name = name

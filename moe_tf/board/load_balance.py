@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from moe_tf import checks
 from moe_tf import metrics
 from moe_tf import tags
 
@@ -36,11 +37,7 @@ class LoadBalanceBoard(keras.callbacks.Callback):
 
     def __init__(self, log_dir, update_freq=100):
         super().__init__()
-        if update_freq < 1:
-            raise ValueError(
-                "`update_freq` must be at least 1. "
-                f"Received: update_freq={update_freq}"
-            )
+        checks.at_least("update_freq", update_freq, 1)
         self.log_dir = log_dir
         self.update_freq = update_freq
         self._writers = {}

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import tensorflow as tf
 
+from moe_tf import checks
 from moe_tf.data import corpora
 from moe_tf.data import preparation
 from moe_tf.data import vocabulary as vocabularies
@@ -95,13 +96,10 @@ def batches(
     """
     corpora.check_split(split)
     training = split == "train" if training is None else training
-    _check_at_least("batch_words", batch_words, 1)
-    for name, value in (
-        ("seed", seed),
-        ("start_step", start_step),
-        ("shuffle_buffer", shuffle_buffer),
-    ):
-        _check_at_least(name, value, 0)
+    checks.at_least("batch_words", batch_words, 1)
+    checks.at_least("seed", seed, 0)
+    checks.at_least("start_step", start_step, 0)
+    checks.at_least("shuffle_buffer", shuffle_buffer, 0)
     if start_step and not training:
         raise ValueError(
             f"`start_step` must be 0 without `training`. Received: {start_step}"
@@ -226,10 +224,3 @@ def _mixed(lines, buffer_size, random) -> Iterator[np.ndarray]:
         if len(mixed) > buffer_size:
             yield mixed[buffer_size:]
     yield held
-
-
-def _check_at_least(name, value, least):
-    if value < least:
-        raise ValueError(
-            f"`{name}` must be at least {least}. Received: {value}"
-        )

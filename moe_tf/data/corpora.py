@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from absl import logging
 
+from moe_tf import checks
 from moe_tf.data import lines
 from moe_tf.data import sotu
 
@@ -70,11 +71,7 @@ def open_corpus(data_config, workdir: str) -> Corpus:
         ImportError: the package of the corpus is not installed.
         ValueError: a setting cannot be used.
     """  # noqa: E501
-    if data_config.max_words < 1:
-        raise ValueError(
-            "`data.max_words` must be at least 1. "
-            f"Received: {data_config.max_words}"
-        )
+    checks.at_least("data.max_words", data_config.max_words, 1)
     openers = {
         "sotu": _open_sotu,
         "files": _open_files,

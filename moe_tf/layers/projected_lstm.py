@@ -7,6 +7,8 @@ gates of all cells, 4H.
 import keras
 from keras import ops
 
+from moe_tf import checks
+
 
 @keras.saving.register_keras_serializable(package="moe_tf")
 class ProjectedLSTMCell(keras.layers.Layer):
@@ -42,14 +44,8 @@ class ProjectedLSTMCell(keras.layers.Layer):
 
     def __init__(self, units, projection_units, **kwargs):
         super().__init__(**kwargs)
-        for name, size in (
-            ("units", units),
-            ("projection_units", projection_units),
-        ):
-            if size < 1:
-                raise ValueError(
-                    f"`{name}` must be at least 1. Received: {name}={size}"
-                )
+        checks.at_least("units", units, 1)
+        checks.at_least("projection_units", projection_units, 1)
         self.units = units
         self.projection_units = projection_units
         self.state_size = [projection_units, units]

@@ -9,6 +9,8 @@ import keras
 import tensorflow as tf
 from keras import ops
 
+from moe_tf import checks
+
 _CHUNK_BYTES = 64 * 2**20
 
 
@@ -222,14 +224,8 @@ class SampledSoftmax(keras.layers.Layer):
 
     def __init__(self, vocabulary_size, num_sampled=None, seed=None, **kwargs):
         super().__init__(**kwargs)
-        for name, size in (
-            ("vocabulary_size", vocabulary_size),
-            ("num_sampled", num_sampled),
-        ):
-            if size is not None and size < 1:
-                raise ValueError(
-                    f"`{name}` must be at least 1. Received: {name}={size}"
-                )
+        checks.at_least("vocabulary_size", vocabulary_size, 1)
+        checks.at_least("num_sampled", num_sampled, 1, none_is_fine=True)
         self.vocabulary_size = vocabulary_size
         self.num_sampled = num_sampled
         self.seed = seed

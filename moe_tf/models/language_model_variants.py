@@ -9,6 +9,8 @@ import dataclasses
 import functools
 import re
 
+from moe_tf import checks
+
 
 @dataclasses.dataclass(frozen=True)
 class Lstm:
@@ -121,8 +123,7 @@ def variant(name, width=None, k=None):
         ValueError: if no variant has this name, or the width or `k` does
             not fit it.
     """
-    if width is not None and width < 1:
-        raise ValueError(f"`width` must be at least 1. Received: width={width}")
+    checks.at_least("width", width, 1, none_is_fine=True)
     flat_moe = _FLAT_MOE.fullmatch(name)
     if flat_moe:
         return _flat_moe(name, int(flat_moe[1]), width or _FLAT_MOE_WIDTH, k)

@@ -10,6 +10,7 @@ import shutil
 import tensorflow as tf
 from absl import logging
 
+from moe_tf import checks
 from moe_tf import files
 from moe_tf.training.variables import list_some
 
@@ -51,8 +52,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory, variables, keep=2):
-        if keep < 1:
-            raise ValueError(f"`keep` must be at least 1. Received: {keep}")
+        checks.at_least("keep", keep, 1)
         if not variables:
             raise ValueError("`variables` must not be empty.")
         self.directory = os.path.abspath(directory)

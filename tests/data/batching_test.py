@@ -300,10 +300,10 @@ def test_odd_characters_count_alike_in_python_and_tensorflow(held_corpus):
     "arguments,message",
     [
         ({"split": "dev"}, "`split`.*'dev'"),
-        ({"batch_words": 0}, "`batch_words`.*Received: 0"),
-        ({"seed": -1}, "`seed`.*Received: -1"),
-        ({"start_step": -1}, "`start_step`.*Received: -1"),
-        ({"shuffle_buffer": -1}, "`shuffle_buffer`.*Received: -1"),
+        ({"batch_words": 0}, "`batch_words`.* batch_words=0"),
+        ({"seed": -1}, "`seed`.* seed=-1"),
+        ({"start_step": -1}, "`start_step`.* start_step=-1"),
+        ({"shuffle_buffer": -1}, "`shuffle_buffer`.* shuffle_buffer=-1"),
         ({"start_step": 2, "training": False}, "`start_step`.*Received: 2"),
     ],
 )

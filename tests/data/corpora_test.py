@@ -83,7 +83,7 @@ def test_a_lost_shard_of_lm1b_is_named(tmp_path, data_config):
         ({"corpus": "ptb"}, ValueError, "`data.corpus`.*lm1b.*'ptb'"),
         ({"corpus": "files"}, ValueError, "`data.train` must name"),
         ({"corpus": "lm1b"}, FileNotFoundError, "`data.path`"),
-        ({"max_words": 0}, ValueError, "`data.max_words`.*Received: 0"),
+        ({"max_words": 0}, ValueError, "`data.max_words`.* data.max_words=0"),
     ],
 )
 def test_wrong_settings_are_named(

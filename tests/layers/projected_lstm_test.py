@@ -83,5 +83,7 @@ def test_states_are_in_the_compute_dtype():
     "sizes,field", [((0, 3), "units"), ((3, 0), "projection_units")]
 )
 def test_refuses_empty_sizes(sizes, field):
-    with pytest.raises(ValueError, match=f"`{field}` must be at least 1"):
+    with pytest.raises(
+        ValueError, match=f"`{field}` must be a whole number of at least 1"
+    ):
         ProjectedLSTMCell(*sizes)

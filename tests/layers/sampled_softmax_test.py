@@ -337,5 +337,7 @@ def test_saved_in_a_functional_model(tmp_path):
 
 @pytest.mark.parametrize("field", ["vocabulary_size", "num_sampled"])
 def test_refuses_empty_sizes(field):
-    with pytest.raises(ValueError, match=f"`{field}` must be at least 1"):
+    with pytest.raises(
+        ValueError, match=f"`{field}` must be a whole number of at least 1"
+    ):
         SampledSoftmax(**{"vocabulary_size": 5, field: 0})

@@ -85,7 +85,10 @@ def test_unknown_name_lists_the_known(name):
         ({"name": "MoE-4", "k": 0}, "`k` must be between 1"),
         ({"name": "MoE-4", "k": 5}, "`k` must be between 1"),
         ({"name": "MoE-1-Wide", "k": 4}, "`k` is for the variants"),
-        ({"name": "4xLSTM-512", "width": 0}, "`width` must be at least 1"),
+        (
+            {"name": "4xLSTM-512", "width": 0},
+            "`width` must be a whole number of at least 1",
+        ),
     ],
 )
 def test_refuses(arguments, field):

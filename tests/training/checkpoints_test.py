@@ -120,7 +120,7 @@ def test_refuses_before_writing(tmp_path, step, metadata, error, match):
 
 
 def test_refuses_bad_arguments(tmp_path):
-    with pytest.raises(ValueError, match="Received: 0"):
+    with pytest.raises(ValueError, match="`keep`.*Received: keep=0"):
         opened(tmp_path, keep=0)
     with pytest.raises(ValueError, match="`variables`"):
         checkpoints.Checkpoints(tmp_path, {})

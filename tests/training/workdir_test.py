@@ -35,6 +35,8 @@ def record(path, config):
 def test_a_run_that_did_not_begin_binds_nothing(tmp_path):
     workdirs.claim(tmp_path, config(**{"train.steps": 200})).release()
     record(tmp_path, config())
+    recorded = json.loads((tmp_path / "config.json").read_text())
+    assert recorded["train"]["steps"] == 100
 
 
 def test_fields_that_are_free_may_differ(tmp_path):
