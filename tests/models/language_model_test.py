@@ -47,9 +47,13 @@ def text(*shape):
 
 @pytest.mark.parametrize(
     "name,width",
-    [(name, 16) for name in [*NAMES, "MoE-256"]]
-    + [(name, None) for name in ("4xLSTM-512", "LSTM-2048-512", "MoE-1-Wide")]
-    + [(name, None) for name in ("MoE-1-Deep", "MoE-4", "MoE-32")],
+    [
+        (name, width)
+        for name in [*NAMES, "MoE-256"]
+        for width in (16, None)
+        # Its orthogonal start alone takes half a minute.
+        if (name, width) != ("2xLSTM-8192-1024", None)
+    ],
 )
 def test_weights_are_as_many_as_counted(name, width):
     model = make(name, width=width)
