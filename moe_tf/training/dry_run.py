@@ -1,5 +1,6 @@
 """What a run will hold and cost, told before anything is allocated."""
 
+from moe_tf import dispatch
 from moe_tf.data import batching
 from moe_tf.models import language_model_variants as variants
 
@@ -38,8 +39,8 @@ def _expert_rows(layer, config):
     capacity = config.model.capacity_factor
     limit = "none is dropped"
     if capacity is not None:
-        slots = -(-capacity * rows_a_batch // layer.num_experts)
-        limit = f"at most {slots:,.0f} an expert"
+        slots = dispatch.capacity(rows_a_batch, layer.num_experts, capacity)
+        limit = f"at most {slots:,} an expert"
     return [
         ("words an expert sees in a batch, mean",
          f"{rows_a_batch / layer.num_experts:,.0f}; {limit}"),
