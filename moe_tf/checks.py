@@ -30,9 +30,12 @@ def positive(name, value, none_is_fine=False):
         )
 
 
-def not_negative(name, value):
+def not_negative(name, value, none_is_fine=False):
     """Raises `ValueError` unless `value` is finite and 0 or more."""
+    if value is None and none_is_fine:
+        return
     if not 0 <= value < math.inf:
         raise ValueError(
-            f"`{name}` must be finite and at least 0. Received: {name}={value}"
+            f"`{name}` must be finite and at least 0"
+            f"{', or None' if none_is_fine else ''}. Received: {name}={value}"
         )

@@ -16,6 +16,11 @@ import typing
 import tensorflow as tf
 from keras import ops
 
+from moe_tf import xla
+
+# Columns of choices that are summed without a loop.
+_UNROLLED = 16
+
 
 class Rows(typing.NamedTuple):
     """A plan in which every assignment has a slot and no slot is empty.
@@ -51,11 +56,34 @@ class Blocks(typing.NamedTuple):
 
 
 class Capacity(typing.NamedTuple):
-    """`Blocks` with one block for each expert, in their order."""
+    """`Blocks` with one block for each expert, in their order.
+
+    Attributes:
+        assignment_S, slot_TK, count_E: those of `Blocks`.
+        limit: int32 scalar, the most assignments that an expert takes; it may
+            have more slots.
+    """
 
     assignment_S: typing.Any
     slot_TK: typing.Any
     count_E: typing.Any
+    limit: typing.Any
+
+
+def plan_dropless(expert_TK, num_experts, most=None):
+    """A plan in which every assignment has a slot: the one that fits.
+
+    Outside XLA these are rows. XLA needs shapes that do not depend on the
+    routing: `most` slots for each expert where that bound is known (an int),
+    else blocks of half the mean load, which are at most half as many slots
+    again as there are assignments, and one block an expert.
+    """
+    if not xla.wants_static_shapes():
+        return plan_rows(expert_TK, num_experts)
+    if most is not None:
+        return plan_capacity(expert_TK, num_experts, most)
+    block_size = _size(expert_TK) // (2 * num_experts) + 1
+    return plan_blocks(expert_TK, num_experts, block_size)
 
 
 def plan_rows(expert_TK, num_experts):
@@ -92,28 +120,32 @@ def plan_blocks(expert_TK, num_experts, block_size):
     return Blocks(assignment_S, slot_TK, count_E, passed_N)
 
 
-def plan_capacity(expert_TK, num_experts, capacity_factor):
+def plan_capacity(expert_TK, num_experts, slots, limit=None, priority_TK=None):
     """One block of slots an expert; what overflows is dropped.
 
-    An expert takes `ceil(capacity_factor * A / E)` assignments, `A` those of
-    unmasked tokens. A block has as many slots as if no token were masked, so
-    that its shape depends on shapes alone. Assignments are placed in the
-    order of their tokens, so the last tokens of a batch are the ones that
-    find an expert full.
+    Args:
+        expert_TK: int32.
+        num_experts: int, `E`.
+        slots: int or int32 scalar, slots of each expert.
+        limit: optional int32 scalar, how many of them an expert may use.
+            Defaults to all.
+        priority_TK: optional float; the assignments of the highest priority
+            are kept. By default those of the earliest tokens are.
     """
-    slots = capacity(_size(expert_TK), num_experts, capacity_factor)
-    order_A, row_A, count_E = _sort(expert_TK, num_experts)
+    order_A, row_A, count_E = _sort(expert_TK, num_experts, priority_TK)
     expert_N = ops.arange(num_experts, dtype="int32")
-    limit = capacity(ops.sum(count_E), num_experts, capacity_factor)
+    limit = ops.convert_to_tensor(slots if limit is None else limit, "int32")
     assignment_S, slot_TK = _place(
         expert_TK, order_A, row_A, count_E, expert_N, expert_N * slots, slots,
         limit,
     )  # fmt: skip
-    return Capacity(assignment_S, slot_TK, count_E)
+    return Capacity(assignment_S, slot_TK, count_E, limit)
 
 
 def capacity(num_assignments, num_experts, capacity_factor):
     """Slots an expert, `ceil(capacity_factor * A / E)`: an int for an int.
+
+    `A` is the number of assignments that `T` tokens make, `k * T`.
 
     In whole numbers, of the factor as it is written: 1.1 * 100 / 10 is 11.
     """
@@ -127,12 +159,14 @@ def capacity(num_assignments, num_experts, capacity_factor):
 
 def dispatch(x_TD, plan):
     """The tokens in the slots, `(S, D)`; zeros in empty slots."""
-    k = plan.slot_TK.shape[-1]
+    k = ops.shape(plan.slot_TK)[-1]
 
     @tf.custom_gradient
     def gather(x_TD):
         def gradient(dx_SD):
-            return sum(_take(dx_SD, plan.slot_TK[:, j], plan) for j in range(k))
+            return _sum_columns(
+                lambda j: _take(dx_SD, plan.slot_TK[:, j], plan), plan
+            )
 
         return _take(x_TD, plan.assignment_S // k, plan), gradient
 
@@ -144,7 +178,7 @@ def combine(y_SD, weight_TK, plan):
 
     An assignment without a slot adds nothing.
     """
-    k = plan.slot_TK.shape[-1]
+    k = ops.shape(plan.slot_TK)[-1]
 
     @tf.custom_gradient
     def weighted_sum(y_SD, weight_TK):
@@ -156,14 +190,27 @@ def combine(y_SD, weight_TK, plan):
             dweight_TK = _take(dweight_S, plan.slot_TK, plan)
             return dy_SD * weight_S[:, None], dweight_TK
 
-        # A sum over `k` gathers costs half of one gather of (T, K, D).
-        y_TD = sum(
-            weight_TK[:, j, None] * _take(y_SD, plan.slot_TK[:, j], plan)
-            for j in range(k)
-        )
-        return y_TD, gradient
+        def column(j):
+            answer_TD = _take(y_SD, plan.slot_TK[:, j], plan)
+            return weight_TK[:, j, None] * answer_TD
+
+        return _sum_columns(column, plan), gradient
 
     return weighted_sum(y_SD, weight_TK)
+
+
+def collect(y_SD, plan):
+    """The answers of each token, `(T, K, D)`; zeros where one has no slot."""
+
+    @tf.custom_gradient
+    def gather(y_SD):
+        def gradient(dy_TKD):
+            dy_AD = ops.reshape(dy_TKD, (-1, dy_TKD.shape[-1]))
+            return _take(dy_AD, plan.assignment_S, plan)
+
+        return _take(y_SD, plan.slot_TK, plan), gradient
+
+    return gather(y_SD)
 
 
 def dropped(plan, expert_TK):
@@ -177,10 +224,32 @@ def dropped(plan, expert_TK):
     )[:num_experts]
 
 
-def _sort(expert_TK, num_experts):
-    """Stable order of the assignments by expert, its inverse, and counts."""
+def effective_capacity(plan):
+    """Slots of an expert over the mean number of assignments, float32.
+
+    What a capacity factor comes to after rounding up. Where nothing limits an
+    expert, it is that of the busiest. 0 if nothing is routed.
+    """
+    num_experts = plan.count_E.shape[0]
+    limit = plan.limit if isinstance(plan, Capacity) else ops.max(plan.count_E)
+    total = ops.cast(ops.sum(plan.count_E), "float32")
+    return ops.cast(limit, "float32") * num_experts / ops.maximum(total, 1.0)
+
+
+def _sort(expert_TK, num_experts, priority_TK=None):
+    """Order of the assignments by expert, its inverse, and counts.
+
+    Those of one expert are in the order of their tokens, or of their priority,
+    the highest first.
+    """
     expert_A = ops.reshape(expert_TK, (-1,))
-    order_A = tf.argsort(expert_A, stable=True)
+    if priority_TK is None:
+        order_A = tf.argsort(expert_A, stable=True)
+    else:
+        first_A = tf.argsort(-ops.reshape(priority_TK, (-1,)), stable=True)
+        order_A = tf.gather(
+            first_A, tf.argsort(tf.gather(expert_A, first_A), stable=True)
+        )
     num_assignments = _size(expert_TK)
     row_A = tf.scatter_nd(
         order_A[:, None],
@@ -245,6 +314,27 @@ def _take(x, index, plan):
         index < num_rows, (*ops.shape(index), *[1] * (len(x.shape) - 1))
     )
     return ops.where(found, rows, ops.zeros_like(rows))
+
+
+def _sum_columns(column, plan):
+    """`column(0) + column(1) + ...` over the choices of a token.
+
+    A sum over `k` gathers costs half of one gather of `(T, K, D)`. Where the
+    number of columns is not fixed, or large because a token may have any
+    number of experts, only those that some token uses are run through.
+    """
+    k = plan.slot_TK.shape[-1]
+    if k is not None and k <= _UNROLLED:
+        return sum(column(j) for j in range(k))
+    used_K = ops.any(plan.slot_TK < _size(plan.assignment_S), axis=0)
+    column_K = ops.arange(1, ops.shape(used_K)[0] + 1, dtype="int32")
+    last = ops.max(ops.where(used_K, column_K, 0), initial=0)
+    _, total = tf.while_loop(
+        lambda j, total: j < last,
+        lambda j, total: (j + 1, total + column(j)),
+        (1, column(0)),
+    )
+    return total
 
 
 def _size(x):

@@ -1,7 +1,12 @@
-"""Noisy top-k gating and the load estimate, equations 3-5 and 8-10."""
+"""Which experts a token gets, with which weights: equations 3-5 and 8-10.
+
+Noisy top-k gating and its load estimate; gates in which the number of experts
+is not the same for every token; the numbers of a batch.
+"""
 
 import typing
 
+import tensorflow as tf
 from keras import ops
 
 from moe_tf import numerics
@@ -17,49 +22,162 @@ class Gates(typing.NamedTuple):
     Attributes:
         weight_TK: float, the gate value of each chosen expert.
         expert_TK: int32, the chosen experts; `num_experts`, one past the
-            last, where a masked token goes nowhere.
+            last, where a token uses fewer than `K`, and everywhere for a
+            masked token, which goes nowhere. The weight there is 0.
     """
 
     weight_TK: typing.Any
     expert_TK: typing.Any
 
 
+def noisy_top_k(clean_TE, k, std_TE=None, draw_TE=None):
+    """Softmax over each token's `k` largest noisy logits, equations 3-5.
+
+    Args:
+        clean_TE: float `(..., E)`, logits without noise.
+        k: int, experts kept.
+        std_TE: optional float `(..., E)`, standard deviation of the noise.
+        draw_TE: optional float `(..., E)`, normal draws, with `std_TE`; an
+            argument so that this stays a pure function.
+
+    Returns:
+        `(gates, chance_TE)`: `Gates` of shape `(..., k)`, and the chance that
+        each expert is chosen if only its noise is drawn again (equations 8
+        and 9), `None` without noise.
+    """
+    num_experts = clean_TE.shape[-1]
+    noisy_TE = clean_TE if std_TE is None else clean_TE + std_TE * draw_TE
+    top, expert_TK = top_k_and_next(noisy_TE, k)
+    gates = Gates(softmax(top[..., :k]), expert_TK)
+    if std_TE is None:
+        return gates, None
+    if k == num_experts:  # no threshold: every expert is chosen
+        return gates, ops.ones_like(clean_TE)
+    return gates, load_probability(clean_TE, noisy_TE, std_TE, top)
+
+
 def top_k_and_next(logits_TE, k):
     """The `k` largest logits of each token, and the one after them.
 
     Returns:
-        `(top, expert_TK)`: `top` is float `(T, k + 1)` in descending order,
-        or `(T, k)` when `k` is the number of experts and nothing is left;
-        `expert_TK` are the int32 experts of the first `k`.
+        `(top, expert_TK)`: `top` is float `(..., k + 1)` in descending order,
+        or `(..., k)` when `k` is the number of experts and nothing is left;
+        `expert_TK` are the int32 experts of the first `k`. Of equal logits
+        the first expert comes first.
     """
     num_experts = logits_TE.shape[-1]
     top, expert = ops.top_k(logits_TE, min(k + 1, num_experts))
-    return top, ops.cast(expert[:, :k], "int32")
+    return top, ops.cast(expert[..., :k], "int32")
 
 
-def gates(top, expert_TK, num_experts, mask_T=None):
-    """Softmax over the kept logits of each token, equations 3 and 5.
+def softmax(logits):
+    """Softmax over the last axis."""
+    # Written out because `ops.softmax` warns of an axis of one, `k = 1`.
+    return ops.exp(logits - ops.logsumexp(logits, axis=-1, keepdims=True))
 
-    Tokens where `mask_T` is `False` get zero weights and no expert.
+
+def masked(gates, num_experts, mask_T):
+    """The gates without the tokens where the optional mask is `False`."""
+    if mask_T is None:
+        return gates
+    keep_T1 = mask_T[:, None]
+    weight_TK, expert_TK = gates
+    return Gates(
+        ops.where(keep_T1, weight_TK, ops.zeros_like(weight_TK)),
+        ops.where(keep_T1, expert_TK, ops.full_like(expert_TK, num_experts)),
+    )
+
+
+def batchwise_mask(score_TE, num_chosen, most, mask_T=None):
+    """Which tokens are among the largest of an expert's column, equation 18.
+
+    Of equal scores the earlier token is the larger. A token whose scores are
+    NaN is taken first, so that it shows in what follows.
 
     Args:
-        top: float `(T, >= K)`, the kept logits first.
-        expert_TK: int32 `(T, K)`.
-        num_experts: int.
-        mask_T: optional bool `(T,)`.
+        score_TE: float.
+        num_chosen: int or int32 scalar, `m`: how many every expert takes.
+        most: int, or int32 scalar outside XLA, at least `num_chosen` and at
+            most `T`; the shapes depend on it.
+        mask_T: optional bool; masked tokens are not taken. `num_chosen` is
+            at most the number of the others.
 
     Returns:
-        `Gates`.
+        bool `(T, E)` with `num_chosen` true entries in every column.
     """
-    top_TK = top[:, : expert_TK.shape[-1]]
-    # Written out because `ops.softmax` warns of an axis of one, `k = 1`.
-    weight_TK = ops.exp(top_TK - ops.logsumexp(top_TK, axis=-1, keepdims=True))
+    num_tokens, num_experts = ops.shape(score_TE)
+    top = ops.full_like(score_TE, float("inf"))
+    score_TE = ops.where(ops.isnan(score_TE), top, score_TE)
     if mask_T is not None:
-        keep_T1 = mask_T[:, None]
-        weight_TK = ops.where(keep_T1, weight_TK, ops.zeros_like(weight_TK))
-        nowhere_TK = ops.full_like(expert_TK, num_experts)
-        expert_TK = ops.where(keep_T1, expert_TK, nowhere_TK)
-    return Gates(weight_TK, expert_TK)
+        score_TE = ops.where(mask_T[:, None], score_TE, -top)
+    _, token_EC = tf.math.top_k(ops.transpose(score_TE), most)
+    expert_E1 = ops.arange(num_experts, dtype="int32")[:, None]
+    index_EC = token_EC * num_experts + expert_E1
+    taken_EC = ops.broadcast_to(
+        ops.arange(most) < num_chosen, ops.shape(index_EC)
+    )
+    chosen = tf.scatter_nd(
+        ops.reshape(index_EC, (-1, 1)),
+        ops.reshape(ops.cast(taken_EC, "int32"), (-1,)),
+        [num_tokens * num_experts],
+    )
+    return ops.reshape(chosen, (num_tokens, num_experts)) > 0
+
+
+def batchwise_loss(score_TE, threshold_E, chosen_TE, mask_T=None):
+    """What trains the thresholds of strictly balanced gating, equation 20.
+
+    Zero where threshold and batch choose the same tokens; its derivative with
+    respect to a threshold is the number of tokens that the batch chose less
+    the number of those that pass the threshold. The scores get no gradient:
+    the thresholds learn from the gate, not the gate from the thresholds.
+
+    Args:
+        score_TE: float, softmax over the experts.
+        threshold_E: float.
+        chosen_TE: bool, `batchwise_mask(score_TE, ...)`.
+        mask_T: optional bool; masked tokens count nowhere.
+    """
+    excess_TE = ops.stop_gradient(score_TE) - threshold_E
+    passes_TE = excess_TE > 0
+    if mask_T is not None:
+        passes_TE = ops.logical_and(passes_TE, mask_T[:, None])
+    wrong_TE = ops.cast(passes_TE, excess_TE.dtype) - ops.cast(
+        chosen_TE, excess_TE.dtype
+    )
+    return ops.sum(ops.stop_gradient(wrong_TE) * excess_TE)
+
+
+def renormalised(score_TE, chosen_TE):
+    """Scores of the chosen experts divided by their sum, equation 16.
+
+    A token without an expert has zeros.
+    """
+    kept_TE = ops.where(chosen_TE, score_TE, ops.zeros_like(score_TE))
+    total_T1 = ops.sum(kept_TE, axis=-1, keepdims=True)
+    return kept_TE / ops.where(total_T1 == 0, ops.ones_like(total_T1), total_T1)
+
+
+def of_chosen(weight_TE, chosen_TE, most):
+    """`Gates` of a dense table in which tokens may differ in their experts.
+
+    Args:
+        weight_TE: float, gate values.
+        chosen_TE: bool, which experts each token goes to.
+        most: int or int32 scalar, the most experts of any token: `K`.
+
+    Returns:
+        `Gates`, each token's experts in their order.
+    """
+    num_experts = chosen_TE.shape[-1]
+    # The largest of zeros and ones are the chosen ones, the first first.
+    _, expert_TK = tf.math.top_k(ops.cast(chosen_TE, "int32"), most)
+    used_TK = tf.gather(chosen_TE, expert_TK, batch_dims=1)
+    weight_TK = tf.gather(weight_TE, expert_TK, batch_dims=1)
+    return Gates(
+        ops.where(used_TK, weight_TK, ops.zeros_like(weight_TK)),
+        ops.where(used_TK, expert_TK, ops.full_like(expert_TK, num_experts)),
+    )
 
 
 def load_probability(clean_TE, noisy_TE, std_TE, top):
@@ -70,37 +188,85 @@ def load_probability(clean_TE, noisy_TE, std_TE, top):
     other experts. It is smooth in the logits of all experts, chosen or not.
 
     Args:
-        clean_TE: float, logits before the noise.
-        noisy_TE: float, logits after the noise.
-        std_TE: float, standard deviation of the noise.
-        top: float `(T, K + 1)` from `top_k_and_next(noisy_TE, k)`.
+        clean_TE: float `(..., E)`, logits before the noise.
+        noisy_TE: float `(..., E)`, logits after the noise.
+        std_TE: float `(..., E)`, standard deviation of the noise.
+        top: float `(..., K + 1)` from `top_k_and_next(noisy_TE, k)`.
 
     Returns:
-        float `(T, E)` in [0, 1].
+        float `(..., E)` in [0, 1].
     """
-    kth_T1, next_T1 = top[:, -2, None], top[:, -1, None]
+    kth_T1, next_T1 = top[..., -2:-1], top[..., -1:]
     chosen_TE = noisy_TE > next_T1
     threshold_TE = ops.where(chosen_TE, next_T1, kth_T1)
     std_TE = ops.maximum(std_TE, _SMALLEST_STD)
     return numerics.normal_cdf((clean_TE - threshold_TE) / std_TE)
 
 
+def z_loss(logits_TE, mask_T=None):
+    """Mean over tokens of the squared log of the softmax's denominator.
+
+    It keeps logits small, where float32 tells them apart (Zoph et al., 2022,
+    ST-MoE, equation 5). 0 for a batch without a real token.
+    """
+    square_T = ops.square(ops.logsumexp(logits_TE, axis=-1))
+    return _mean(square_T, mask_T)
+
+
+def load_excess(share_TE, load_E, mask_T=None):
+    """`n sum_i f_i P_i - 1`, the balance loss of GShard and Switch.
+
+    `f_i` is expert i's share of the assignments, a count without a gradient,
+    and `P_i` the mean of its softmax over the tokens. It is 0 where all `f`
+    or all `P` are alike, and `n - 1` when one expert holds everything.
+
+    Args:
+        share_TE: float, softmax over all experts.
+        load_E: float, number of assignments of each expert.
+        mask_T: optional bool.
+    """
+    num_experts = share_TE.shape[-1]
+    total = ops.maximum(ops.sum(load_E), 1.0)
+    fraction_E = ops.stop_gradient(load_E) / total
+    mean_E = _mean(share_TE, mask_T)
+    some = ops.cast(ops.sum(load_E) > 0, mean_E.dtype)
+    return num_experts * ops.sum(fraction_E * mean_E) - some
+
+
+def _mean(value, mask_T):
+    """Mean over the tokens that are not masked; 0 if there are none."""
+    if mask_T is None:
+        number = ops.cast(ops.shape(value)[0], value.dtype)
+        return ops.sum(value, axis=0) / ops.maximum(number, 1.0)
+    keep_T = ops.cast(mask_T, value.dtype)
+    number = ops.maximum(ops.sum(keep_T), 1.0)
+    return ops.tensordot(keep_T, value, axes=1) / number
+
+
 def importance(gates, num_experts):
     """Sum of each expert's gate values over the batch, equation 6: `(E,)`."""
-    return _sum_by_expert(gates.weight_TK, gates.expert_TK, num_experts)
+    return sum_by_expert(gates.weight_TK, gates.expert_TK, num_experts)
 
 
 def assigned(gates, num_experts):
     """Number of tokens that chose each expert, float `(E,)`."""
     ones_TK = ops.ones_like(gates.weight_TK)
-    return _sum_by_expert(ones_TK, gates.expert_TK, num_experts)
+    return sum_by_expert(ones_TK, gates.expert_TK, num_experts)
 
 
-def _sum_by_expert(value_TK, expert_TK, num_experts):
-    # Masked tokens carry the id `num_experts`: a last segment that is cut.
+def sum_by_expert(value, expert, num_experts):
+    """Sums `value` over the entries of each expert: `(E, ...)`.
+
+    Args:
+        value: float, the shape of `expert` and any further axes.
+        expert: int32; entries of `num_experts` count nowhere.
+        num_experts: int, `E`.
+    """
+    further = ops.shape(value)[len(expert.shape) :]
+    # Entries that count nowhere make a last segment, which is cut.
     sums = ops.segment_sum(
-        ops.reshape(value_TK, (-1,)),
-        ops.reshape(expert_TK, (-1,)),
+        ops.reshape(value, (-1, *further)),
+        ops.reshape(expert, (-1,)),
         num_segments=num_experts + 1,
     )
     return sums[:num_experts]

@@ -54,40 +54,54 @@ class ExpertBalance(keras.metrics.Metric):
 
     `result()` is a dictionary of scalars, means over the batches since the
     last reset: the coefficients of variation of importance and load, the
-    largest load over the mean load (1 is perfect), and the fraction of
-    assignments that were dropped. However many experts there are, these stay
-    four. The vectors of the last batch are kept in `importance_E`, `load_E`,
-    `assigned_E` and `dropped_E`.
+    largest load over the mean load (1 is perfect), the fraction of
+    assignments that were dropped, and any `numbers` that the layer brings.
+    However many experts there are, their number stays the same. The vectors
+    of the last batch are kept in `importance_E`, `load_E`, `assigned_E` and
+    `dropped_E`.
 
     Args:
         num_experts: int.
+        numbers: names of further scalars.
         name: string, put before each key of the result.
     """
 
-    def __init__(self, num_experts, name="balance", dtype="float32"):
+    def __init__(
+        self, num_experts, numbers=(), name="balance", dtype="float32"
+    ):
         super().__init__(name=name, dtype=dtype)
         self.num_experts = num_experts
+        self.numbers = tuple(numbers)
         self.importance_E, self.load_E, self.assigned_E, self.dropped_E = (
             self.add_variable((num_experts,), "zeros", name=vector)
             for vector in ("importance", "load", "assigned", "dropped")
         )
-        self.totals = {
-            statistic: self.add_variable((), "zeros", name=statistic)
-            for statistic in BALANCE_STATISTICS
-        }
+        self.totals, self._latest = (
+            {
+                statistic: self.add_variable(
+                    (), "zeros", name=prefix + statistic
+                )
+                for statistic in (*BALANCE_STATISTICS, *self.numbers)
+            }
+            for prefix in ("", "latest_")
+        )
         self.batches = self.add_variable((), "zeros", name="batches")
 
-    def update_state(self, importance_E, load_E, assigned_E, dropped_E):
-        """Takes one batch's vectors, each `(num_experts,)`."""
+    def update_state(
+        self, importance_E, load_E, assigned_E, dropped_E, **numbers
+    ):
+        """Takes one batch's vectors, each `(num_experts,)`, and scalars."""
         vectors = [
             ops.cast(vector, self.dtype)
             for vector in (importance_E, load_E, assigned_E, dropped_E)
         ]
         for variable, vector in zip(self.vectors, vectors, strict=True):
             variable.assign(vector)
-        values = balance_statistics(*vectors)
-        for statistic, value in values.items():
-            self.totals[statistic].assign_add(value)
+        values = {**balance_statistics(*vectors), **numbers}
+        for statistic, total in self.totals.items():
+            value = ops.cast(values[statistic], self.dtype)
+            total.assign_add(value)
+            self._latest[statistic].assign(value)
         self.batches.assign_add(1.0)
 
     @property
@@ -95,8 +109,12 @@ class ExpertBalance(keras.metrics.Metric):
         """Importance, load, assigned and dropped of the last batch."""
         return self.importance_E, self.load_E, self.assigned_E, self.dropped_E
 
+    def latest(self):
+        """The scalars of the last batch by name."""
+        return dict(self._latest)
+
     def statistics(self):
-        """Means of the four scalars, by the names `BALANCE_STATISTICS`."""
+        """Means of the scalars by name: `BALANCE_STATISTICS`, `numbers`."""
         batches = ops.maximum(self.batches, 1.0)
         return {name: total / batches for name, total in self.totals.items()}
 
@@ -109,6 +127,7 @@ class ExpertBalance(keras.metrics.Metric):
     def get_config(self):
         return {
             "num_experts": self.num_experts,
+            "numbers": self.numbers,
             "name": self.name,
             "dtype": self.dtype,
         }
@@ -123,7 +142,7 @@ BALANCE_STATISTICS = (
 
 
 def balance_statistics(importance_E, load_E, assigned_E, dropped_E):
-    """The four scalars of `ExpertBalance` for one batch, as a dictionary.
+    """The scalars `BALANCE_STATISTICS` of one batch, as a dictionary.
 
     A batch without a single routed token gives zeros.
     """

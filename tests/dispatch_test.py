@@ -12,7 +12,12 @@ def plan_of(way, expert_TK, num_experts, size):
         return dispatch.plan_rows(expert_TK, num_experts)
     if way == "blocks":
         return dispatch.plan_blocks(expert_TK, num_experts, size)
-    return dispatch.plan_capacity(expert_TK, num_experts, size / 2)
+    return dispatch.plan_capacity(
+        expert_TK,
+        num_experts,
+        dispatch.capacity(expert_TK.size, num_experts, size / 2),
+        limit_of(way, expert_TK, num_experts, size),
+    )
 
 
 def limit_of(way, expert_TK, num_experts, size):

@@ -13,8 +13,8 @@ def draw(seed, *shape):
 
 
 def route(noisy_TE, k, mask_T=None):
-    top, expert_TK = gating.top_k_and_next(noisy_TE, k)
-    return gating.gates(top, expert_TK, noisy_TE.shape[-1], mask_T)
+    gates, _ = gating.noisy_top_k(noisy_TE, k)
+    return gating.masked(gates, noisy_TE.shape[-1], mask_T)
 
 
 def dense(gates, num_experts):

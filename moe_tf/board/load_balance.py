@@ -15,8 +15,9 @@ from moe_tf import tags
 class LoadBalanceBoard(keras.callbacks.Callback):
     """Writes the paper's balance statistics of every `SparseMoE` layer.
 
-    For each layer: CV(importance), CV(load), max / mean load and the dropped
-    fraction as scalars, and a histogram over the experts of load / mean load.
+    For each layer: CV(importance), CV(load), max / mean load, the dropped
+    fraction and the router's losses before their weights as scalars, and a
+    histogram over the experts of load / mean load.
     Training goes to the run `train`, taken from single batches; validation to
     the run `validation`, scalars as means over its batches. The x axis is the
     optimizer's step.
@@ -91,10 +92,9 @@ class LoadBalanceBoard(keras.callbacks.Callback):
         with self.writer("train").as_default(self.step()):
             worst = 0.0
             for balance in self.balances():
-                vectors = [np.asarray(v) for v in balance.vectors]
-                values = metrics.balance_statistics(*vectors)
+                values = balance.latest()
                 self._write_scalars(balance.name, values)
-                load_E = vectors[1]
+                load_E = np.asarray(balance.load_E)
                 tf.summary.histogram(
                     tags.load_per_expert(balance.name),
                     load_E / max(load_E.mean(), 1e-10),

@@ -1,8 +1,19 @@
 """Keras layers."""
 
+from moe_tf.layers.batchwise_router import BatchwiseRouter as BatchwiseRouter
+from moe_tf.layers.batchwise_router import (
+    ExpertChoiceRouter as ExpertChoiceRouter,
+)
 from moe_tf.layers.experts import Experts as Experts
 from moe_tf.layers.feed_forward import FeedForward as FeedForward
+from moe_tf.layers.hierarchical_router import (
+    HierarchicalRouter as HierarchicalRouter,
+)
 from moe_tf.layers.moe import SparseMoE as SparseMoE
+from moe_tf.layers.noisy_top_k_router import NoisyTopKRouter as NoisyTopKRouter
 from moe_tf.layers.projected_lstm import ProjectedLSTMCell as ProjectedLSTMCell
-from moe_tf.layers.router import NoisyTopKRouter as NoisyTopKRouter
+from moe_tf.layers.router import Router as Router
+from moe_tf.layers.router import Routing as Routing
 from moe_tf.layers.sampled_softmax import SampledSoftmax as SampledSoftmax
+from moe_tf.layers.softmax_router import SoftmaxTopKRouter as SoftmaxTopKRouter
+from moe_tf.layers.softmax_router import SwitchRouter as SwitchRouter

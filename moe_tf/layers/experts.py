@@ -5,7 +5,7 @@ import tensorflow as tf
 from keras import ops
 
 from moe_tf import checks
-from moe_tf import dispatch
+from moe_tf import grouped
 
 
 @keras.saving.register_keras_serializable(package="moe_tf")
@@ -20,6 +20,9 @@ class Experts(keras.layers.Layer):
         hidden_units: int, `F`.
         activation: name or function between the two products. Defaults to
             `"relu"`.
+        recompute: bool, whether the hidden activations, `(S, F)`, are
+            computed again in the backward pass instead of being kept.
+            Defaults to `False`.
 
     Call arguments:
         inputs: float `(S, D)`, slots in the order of `plan`.
@@ -27,15 +30,27 @@ class Experts(keras.layers.Layer):
 
     Returns:
         float `(S, D)`; slots that belong to no expert give zeros.
+
+    Reference:
+     - [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538), appendix D,
+       for the recomputation
     """
 
-    def __init__(self, num_experts, hidden_units, activation="relu", **kwargs):
+    def __init__(
+        self,
+        num_experts,
+        hidden_units,
+        activation="relu",
+        recompute=False,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         checks.at_least("num_experts", num_experts, 1)
         checks.at_least("hidden_units", hidden_units, 1)
         self.num_experts = num_experts
         self.hidden_units = hidden_units
         self.activation = keras.activations.get(activation)
+        self.recompute = recompute
 
     def build(self, input_shape):
         width = input_shape[-1]
@@ -57,42 +72,20 @@ class Experts(keras.layers.Layer):
         )
 
     def call(self, inputs, plan):
-        if isinstance(plan, dispatch.Rows):
-            return self._by_rows(inputs, plan.count_E)
-        in_NDF, out_NFD = self._cast(self.in_EDF), self._cast(self.out_EFD)
-        if isinstance(plan, dispatch.Blocks):
-            in_NDF = tf.gather(in_NDF, plan.expert_N)
-            out_NFD = tf.gather(out_NFD, plan.expert_N)
-        return self._by_blocks(inputs, in_NDF, out_NFD)
-
-    def _by_rows(self, x_SD, count_E):
-        """A product for each expert, over as many rows as it has."""
-        rest = ops.shape(x_SD)[0] - ops.sum(count_E)  # rows of masked tokens
-        *x, x_rest = tf.split(
-            x_SD, ops.append(count_E, rest), num=self.num_experts + 1
-        )
-        kernels = zip(
-            tf.unstack(self._cast(self.in_EDF)),
-            tf.unstack(self._cast(self.out_EFD)),
-            strict=True,
-        )
-        y = [
-            tf.matmul(self.activation(tf.matmul(rows, in_DF)), out_FD)
-            for rows, (in_DF, out_FD) in zip(x, kernels, strict=True)
+        kernels = [
+            ops.cast(kernel, self.compute_dtype)
+            for kernel in (self.in_EDF, self.out_EFD)
         ]
-        return tf.concat([*y, tf.zeros_like(x_rest)], axis=0)
 
-    def _by_blocks(self, x_SD, in_NDF, out_NFD):
-        """One batched product over blocks of equal size."""
-        num_blocks, width = ops.shape(in_NDF)[0], x_SD.shape[-1]
-        x_NCD = ops.reshape(
-            x_SD, (num_blocks, ops.shape(x_SD)[0] // num_blocks, width)
-        )
-        h_NCF = self.activation(tf.matmul(x_NCD, in_NDF))
-        return ops.reshape(tf.matmul(h_NCF, out_NFD), ops.shape(x_SD))
+        def run(x_SD, *kernels):
+            return grouped.apply(self._expert, x_SD, kernels, plan)
 
-    def _cast(self, kernel):
-        return ops.cast(kernel, self.compute_dtype)
+        if self.recompute:
+            run = grouped.recomputed(run)
+        return run(inputs, *kernels)
+
+    def _expert(self, x_CD, in_DF, out_FD):
+        return tf.matmul(self.activation(tf.matmul(x_CD, in_DF)), out_FD)
 
     def get_config(self):
         return {
@@ -100,4 +93,5 @@ class Experts(keras.layers.Layer):
             "num_experts": self.num_experts,
             "hidden_units": self.hidden_units,
             "activation": keras.activations.serialize(self.activation),
+            "recompute": self.recompute,
         }

@@ -1,18 +1,29 @@
 """The sparsely-gated mixture-of-experts layer."""
 
-import math
+import inspect
 
 import keras
-import tensorflow as tf
 from keras import ops
-from tensorflow.python.ops import control_flow_util
 
 from moe_tf import checks
 from moe_tf import dispatch
-from moe_tf import gating
+from moe_tf import gating as gates
 from moe_tf import metrics
+from moe_tf.layers import batchwise_router
 from moe_tf.layers import experts
+from moe_tf.layers import hierarchical_router
+from moe_tf.layers import noisy_top_k_router
 from moe_tf.layers import router
+from moe_tf.layers import softmax_router
+
+ROUTERS = {
+    "noisy_top_k": noisy_top_k_router.NoisyTopKRouter,
+    "softmax_top_k": softmax_router.SoftmaxTopKRouter,
+    "switch": softmax_router.SwitchRouter,
+    "batchwise": batchwise_router.BatchwiseRouter,
+    "expert_choice": batchwise_router.ExpertChoiceRouter,
+}
+DROP_POLICIES = ("position", "gate_value")
 
 
 @keras.saving.register_keras_serializable(package="moe_tf")
@@ -27,30 +38,49 @@ class SparseMoE(keras.layers.Layer):
     token's output does not depend on the rest of its batch. With a
     `capacity_factor` each expert takes at most
     `ceil(capacity_factor * k * T / num_experts)` of the batch's `T` unmasked
-    tokens while training, the earlier ones first; what overflows is left out
-    of the sum and counted. Evaluation never drops.
+    tokens while training; what overflows is left out of the sum and counted.
+    Evaluation drops nothing unless `eval_capacity_factor` says so.
 
-    In training the layer adds the paper's importance and load losses, over
-    the whole batch and already weighted: once for each call, also while its
-    weights are frozen. They and the four numbers of `metrics.ExpertBalance`
-    are taken over unmasked tokens. The numbers show in the logs of `fit` and
-    `evaluate` under the layer's name, so layers of one model need different
-    names; every call counts, those of `predict` too, and `layer.balance`
-    holds the vectors of the last one.
+    In training the layer adds the router's losses, over the whole batch and
+    already weighted: once for each call, also while its weights are frozen.
+    They and the numbers of `metrics.ExpertBalance`, the router's losses
+    before their weights among these, are taken over unmasked tokens. The
+    numbers show in the logs of `fit` and `evaluate` under the layer's name,
+    so layers of one model need different names; every call counts, those of
+    `predict` too, and `layer.balance` holds the vectors of the last one.
 
     Args:
         num_experts: int, `E`.
         hidden_units: int, width of each expert's hidden layer.
-        k: int, experts for each token, `1 <= k <= E`. Defaults to `4`.
+        k: optional int, experts for each token, at each level if there are
+            two. Defaults to the router's: `4`; `2` with `branching`; `1` with
+            `"switch"`.
+        gating: `"noisy_top_k"` (the paper's), `"softmax_top_k"`, `"switch"`,
+            `"batchwise"` (the paper's strictly balanced gating),
+            `"expert_choice"`, or a `Router`, whose settings are then its own.
+            Defaults to `"noisy_top_k"`.
+        branching: optional pair of ints `(P, Q)` with `P * Q == num_experts`:
+            the two-level layer of appendix B, `P` groups of `Q` experts.
         activation: name or function inside the experts. Defaults to
             `"relu"`.
-        importance_weight: float, weight of the importance loss, equation 7.
-            Defaults to `0.1`.
-        load_weight: float, weight of the load loss, equation 11. Defaults
-            to `0.1`.
-        capacity_factor: optional float above 0. Defaults to `None`: nothing
-            is dropped.
-        seed: optional int for the gate's noise.
+        importance_weight: optional float, weight of the importance loss,
+            equation 7. Defaults to the router's, `0.1` for `"noisy_top_k"`.
+        load_weight: optional float, weight of the load loss, equation 11.
+            Defaults to the router's, `0.1` for `"noisy_top_k"`.
+        z_loss_weight: optional float, weight of `gating.z_loss`. Defaults to
+            the router's, `0.0`.
+        capacity_factor: optional float above 0, for training. Defaults to
+            `None`: nothing is dropped.
+        eval_capacity_factor: optional float above 0, for inference. Defaults
+            to `None`: nothing is dropped.
+        drop_policy: which tokens an expert keeps when it is full:
+            `"position"`, those that are earlier in the batch, or
+            `"gate_value"`, those with larger gate values. Defaults to
+            `"position"`.
+        recompute: bool, whether the experts' hidden activations are computed
+            again in the backward pass instead of being kept (appendix D).
+            Defaults to `False`.
+        seed: optional int for the gate's noise, where it has any.
 
     Call arguments:
         inputs: float `(..., D)`.
@@ -63,42 +93,68 @@ class SparseMoE(keras.layers.Layer):
         float32 (float64 under a float64 policy).
 
     Reference:
-     - [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538), section 2
+     - [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538), section 2,
+       appendices A, B, D and F
     """
 
     def __init__(
         self,
         num_experts,
         hidden_units,
-        k=4,
+        k=None,
         *,
+        gating="noisy_top_k",
+        branching=None,
         activation="relu",
-        importance_weight=0.1,
-        load_weight=0.1,
+        importance_weight=None,
+        load_weight=None,
+        z_loss_weight=None,
         capacity_factor=None,
+        eval_capacity_factor=None,
+        drop_policy="position",
+        recompute=False,
         seed=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
         checks.positive("capacity_factor", capacity_factor, none_is_fine=True)
+        checks.positive(
+            "eval_capacity_factor", eval_capacity_factor, none_is_fine=True
+        )
+        if drop_policy not in DROP_POLICIES:
+            raise ValueError(
+                f"`drop_policy` must be one of {', '.join(DROP_POLICIES)}. "
+                f"Received: drop_policy={drop_policy}"
+            )
         self.capacity_factor = capacity_factor
-        self.router = router.NoisyTopKRouter(
-            num_experts,
-            k,
-            importance_weight=importance_weight,
-            load_weight=load_weight,
-            seed=seed,
-            dtype=self.dtype_policy,
-            name="router",
+        self.eval_capacity_factor = eval_capacity_factor
+        self.drop_policy = drop_policy
+        self._router_config = {
+            "gating": gating,
+            "branching": branching,
+            "k": k,
+            "importance_weight": importance_weight,
+            "load_weight": load_weight,
+            "z_loss_weight": z_loss_weight,
+            "seed": seed,
+        }
+        self.router = make_router(
+            num_experts, dtype=self.dtype_policy, **self._router_config
         )
         self.experts = experts.Experts(
             num_experts,
             hidden_units,
             activation=activation,
+            recompute=recompute,
             dtype=self.dtype_policy,
             name="experts",
         )
-        self.balance = metrics.ExpertBalance(num_experts, name=self.name)
+        numbers = tuple(self.router.loss_weights)
+        if self._has_capacity:
+            numbers += ("effective_capacity_factor",)
+        self.balance = metrics.ExpertBalance(
+            num_experts, numbers, name=self.name
+        )
         self.supports_masking = True
 
     @property
@@ -108,6 +164,11 @@ class SparseMoE(keras.layers.Layer):
     @property
     def k(self):
         return self.router.k
+
+    @property
+    def _has_capacity(self):
+        factors = self.capacity_factor, self.eval_capacity_factor
+        return any(factor is not None for factor in factors)
 
     def build(self, input_shape):
         if input_shape[-1] is None:
@@ -133,45 +194,132 @@ class SparseMoE(keras.layers.Layer):
             ops.cast(x_TD, self.router.dtype), mask=mask_T, training=training
         )
         weight_TK, expert_TK = routing.gates
-        plan = self._plan(expert_TK, training)
+        plan = self._plan(routing.gates, mask_T, training)
         y_SD = self.experts(dispatch.dispatch(x_TD, plan), plan=plan)
         y_TD = dispatch.combine(y_SD, ops.cast(weight_TK, y_SD.dtype), plan)
+        numbers = dict(routing.losses)
+        if self._has_capacity:
+            numbers["effective_capacity_factor"] = dispatch.effective_capacity(
+                plan
+            )
         self.balance.update_state(
             routing.importance_E,
             routing.load_E,
-            gating.assigned(routing.gates, self.num_experts),
+            gates.assigned(routing.gates, self.num_experts),
             dispatch.dropped(plan, expert_TK),
+            **numbers,
         )
         return ops.reshape(y_TD, shape)
 
-    def _plan(self, expert_TK, training):
-        if self.capacity_factor is not None and training:
-            return dispatch.plan_capacity(
-                expert_TK, self.num_experts, self.capacity_factor
-            )
-        if _compiled_by_xla():
-            # Shapes may not depend on the routing. Blocks of half the mean
-            # load are at most half as many slots again as assignments.
-            num_assignments = math.prod(ops.shape(expert_TK))
-            block_size = num_assignments // (2 * self.num_experts) + 1
-            return dispatch.plan_blocks(expert_TK, self.num_experts, block_size)
-        return dispatch.plan_rows(expert_TK, self.num_experts)
+    def _plan(self, gates, mask_T, training):
+        weight_TK, expert_TK = gates
+        num_tokens = ops.shape(expert_TK)[0]
+        factor = self.capacity_factor if training else self.eval_capacity_factor
+        if factor is None:
+            most = self.router.most_tokens(num_tokens, training)
+            return dispatch.plan_dropless(expert_TK, self.num_experts, most)
+
+        def slots(num_tokens):
+            num_assignments = num_tokens * self.router.experts_per_token
+            return dispatch.capacity(num_assignments, self.num_experts, factor)
+
+        limit = None
+        if mask_T is not None:
+            limit = slots(ops.sum(ops.cast(mask_T, "int32")))
+        by_value = self.drop_policy == "gate_value"
+        return dispatch.plan_capacity(
+            expert_TK,
+            self.num_experts,
+            slots(num_tokens),
+            limit,
+            priority_TK=weight_TK if by_value else None,
+        )
 
     def compute_output_shape(self, input_shape):
         return input_shape
 
+    @classmethod
+    def from_config(cls, config):
+        if isinstance(config["gating"], dict):
+            gating = keras.saving.deserialize_keras_object(config["gating"])
+            config = {**config, "gating": gating}
+        return super().from_config(config)
+
     def get_config(self):
+        router_config = dict(self._router_config)
+        if isinstance(router_config["gating"], router.Router):
+            router_config["gating"] = keras.saving.serialize_keras_object(
+                self.router
+            )
         return {
             **super().get_config(),
+            **router_config,
             "num_experts": self.num_experts,
             "hidden_units": self.experts.hidden_units,
-            "k": self.k,
             "activation": keras.activations.serialize(self.experts.activation),
-            "importance_weight": self.router.importance_weight,
-            "load_weight": self.router.load_weight,
             "capacity_factor": self.capacity_factor,
-            "seed": self.router.seed,
+            "eval_capacity_factor": self.eval_capacity_factor,
+            "drop_policy": self.drop_policy,
+            "recompute": self.experts.recompute,
         }
+
+
+def make_router(
+    num_experts, gating, branching=None, seed=None, dtype=None, **settings
+):
+    """The router that the arguments of `SparseMoE` ask for."""
+    settings = {
+        name: value for name, value in settings.items() if value is not None
+    }
+    if isinstance(gating, router.Router):
+        if branching is not None or seed is not None:
+            settings.update(branching=branching, seed=seed)
+        if settings:
+            raise ValueError(
+                "With a router as `gating`, give these settings to the "
+                f"router. Received: gating={gating}, {settings}"
+            )
+        if gating.num_experts != num_experts:
+            raise ValueError(
+                "`num_experts` must be that of the router. Received: "
+                f"num_experts={num_experts}, the router's "
+                f"num_experts={gating.num_experts}"
+            )
+        return gating
+    if gating not in ROUTERS:
+        raise ValueError(
+            f"`gating` must be one of {', '.join(ROUTERS)}, or a `Router`. "
+            f"Received: gating={gating}"
+        )
+    make, size = ROUTERS[gating], num_experts
+    if branching is not None:
+        make, size = _hierarchical(gating, num_experts, branching)
+    taken = inspect.signature(make).parameters
+    for name, value in settings.items():
+        if name not in taken:
+            raise ValueError(
+                f"`{name}` has no meaning with gating={gating}, "
+                f"branching={branching}; leave it out. "
+                f"Received: {name}={value}"
+            )
+    if "seed" in taken:
+        settings["seed"] = seed
+    return make(size, dtype=dtype, name="router", **settings)
+
+
+def _hierarchical(gating, num_experts, branching):
+    if gating != "noisy_top_k":
+        raise ValueError(
+            "`branching` is for gating=noisy_top_k. "
+            f"Received: branching={branching}, gating={gating}"
+        )
+    groups, group_size = hierarchical_router.pair(branching)
+    if groups * group_size != num_experts:
+        raise ValueError(
+            "`branching` must be two numbers whose product is `num_experts`. "
+            f"Received: branching={branching}, num_experts={num_experts}"
+        )
+    return hierarchical_router.HierarchicalRouter, branching
 
 
 def _check_mask(mask, inputs):
@@ -185,14 +333,3 @@ def _check_mask(mask, inputs):
             f"Received: mask of shape {tuple(mask.shape)}, inputs of shape "
             f"{tuple(inputs.shape)}"
         )
-
-
-def _compiled_by_xla():
-    """Whether this trace ends in XLA, which wants static shapes.
-
-    TensorFlow's own loops ask the same question this way; there is no public
-    one. The answer is that of the trace: a `tf.function` traced outside XLA
-    and called inside it later does not compile.
-    """
-    graph = tf.compat.v1.get_default_graph()
-    return control_flow_util.GraphOrParentsInXlaContext(graph)

@@ -1,4 +1,4 @@
-"""Routers choose the experts of each token."""
+"""What every router has in common: the interface that `SparseMoE` uses."""
 
 import typing
 
@@ -18,32 +18,49 @@ class Routing(typing.NamedTuple):
         importance_E: float, sum of each expert's gate values, equation 6.
         load_E: float, how many tokens each expert is expected to receive,
             equation 10; without noise, how many it receives.
+        losses: dictionary of float scalars, the router's losses before their
+            weights. Those for balance are 0 at perfect balance.
     """
 
     gates: gating.Gates
     importance_E: typing.Any
     load_E: typing.Any
+    losses: typing.Any
 
 
-@keras.saving.register_keras_serializable(package="moe_tf")
-class NoisyTopKRouter(keras.layers.Layer):
-    """Chooses `k` of `num_experts` experts for every token, equations 3-5.
+class Router(keras.layers.Layer):
+    """Chooses the experts of each token; the base of all routers.
 
-    Noise is drawn only when `training`. Both kernels start at zero, so that
-    the load starts balanced (appendix A). In training the layer adds the
-    importance loss (equation 7) and the load loss (equation 11), weighted
-    and taken over the whole batch. Masked tokens get zero weights and count
-    toward no loss and no number. The math is float32 under every dtype
-    policy except float64, and callers cast the result.
+    `SparseMoE` takes any subclass as its `gating`. A subclass decides in
+    `call`, which ends in `return self.routing(...)`: that takes the numbers
+    of the batch and, in training, adds the losses.
+
+        @keras.saving.register_keras_serializable()
+        class SignRouter(Router):
+            def call(self, inputs, mask=None, training=False):
+                expert_TK = ops.cast(inputs[:, :1] > 0, "int32")
+                gates = gating.Gates(ops.ones_like(inputs[:, :1]), expert_TK)
+                return self.routing(gates, mask, training)
+
+        SparseMoE(2, 64, gating=SignRouter(2, k=1))
+
+    A loss of its own gets a weight, `self.loss_weights["my_loss"] = 0.1`, and
+    its value goes to `routing(..., my_loss=value)`.
+
+    The router's dtype is float32 under every dtype policy except float64;
+    `SparseMoE` casts what goes in and what comes out. Masked tokens arrive
+    as zeros, and `routing` takes them out of the gates.
 
     Args:
         num_experts: int, `E`.
-        k: int, experts kept for each token, `1 <= k <= E`. Defaults to `4`.
-        importance_weight: float, `w_importance` of equation 7; 0 turns the
-            loss off. Defaults to `0.1`.
-        load_weight: float, `w_load` of equation 11; 0 turns the loss off.
-            Defaults to `0.1`.
-        seed: optional int for the noise.
+        k: int, experts for each token, `1 <= k <= E`; their mean number
+            where tokens differ.
+        importance_weight: float, weight of the importance loss, equation 7;
+            0 turns it off. Defaults to `0.0`.
+        load_weight: float, weight of the load loss; 0 turns it off. Defaults
+            to `0.0`.
+        z_loss_weight: float, weight of `gating.z_loss`; 0 turns it off.
+            Defaults to `0.0`.
 
     Call arguments:
         inputs: float `(T, D)`.
@@ -52,19 +69,15 @@ class NoisyTopKRouter(keras.layers.Layer):
 
     Returns:
         `Routing`.
-
-    Reference:
-     - [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538), section 2,
-       appendix A
     """
 
     def __init__(
         self,
         num_experts,
-        k=4,
-        importance_weight=0.1,
-        load_weight=0.1,
-        seed=None,
+        k,
+        importance_weight=0.0,
+        load_weight=0.0,
+        z_loss_weight=0.0,
         dtype=None,
         **kwargs,
     ):
@@ -78,58 +91,107 @@ class NoisyTopKRouter(keras.layers.Layer):
             )
         checks.not_negative("importance_weight", importance_weight)
         checks.not_negative("load_weight", load_weight)
+        checks.not_negative("z_loss_weight", z_loss_weight)
         self.num_experts = num_experts
         self.k = k
+        self.experts_per_token = k
         self.importance_weight = importance_weight
         self.load_weight = load_weight
-        self.seed = seed
-        self.seed_generator = keras.random.SeedGenerator(seed)
+        self.z_loss_weight = z_loss_weight
+        self.loss_weights = {
+            "importance_loss": importance_weight,
+            "load_loss": load_weight,
+        }
+        if z_loss_weight:
+            self.loss_weights["z_loss"] = z_loss_weight
         self.supports_masking = True
 
     def build(self, input_shape):
-        shape_DE = (input_shape[-1], self.num_experts)
-        self.gate_DE, self.noise_DE = (
-            self.add_weight(shape=shape_DE, initializer="zeros", name=name)
-            for name in ("gate_kernel", "noise_kernel")
-        )
+        self.built = True
 
-    def call(self, inputs, mask=None, training=False):
-        clean_TE = ops.matmul(inputs, self.gate_DE)
-        noisy_TE = clean_TE
-        if training:
-            std_TE = ops.softplus(ops.matmul(inputs, self.noise_DE))
-            draw_TE = keras.random.normal(
-                ops.shape(clean_TE), dtype=self.dtype, seed=self.seed_generator
-            )
-            noisy_TE = clean_TE + std_TE * draw_TE
-        top, expert_TK = gating.top_k_and_next(noisy_TE, self.k)
-        gates = gating.gates(top, expert_TK, self.num_experts, mask)
+    def routing(
+        self,
+        gates,
+        mask=None,
+        training=False,
+        *,
+        load_E=None,
+        logits_TE=None,
+        **losses,
+    ):
+        """The `Routing` of some gates; adds the losses when `training`.
+
+        Args:
+            gates: `gating.Gates`.
+            mask: optional bool `(T,)`, as `call` got it.
+            training: bool, as `call` got it.
+            load_E: optional float `(E,)`. Defaults to the number of tokens
+                that each expert receives.
+            logits_TE: optional float, for the z-loss.
+            **losses: float scalars by name. `load_loss` defaults to the
+                squared coefficient of variation of `load_E`, equation 11.
+        """
+        gates = gating.masked(gates, self.num_experts, mask)
         importance_E = gating.importance(gates, self.num_experts)
-        if training and self.k < self.num_experts:
-            chance_TE = gating.load_probability(clean_TE, noisy_TE, std_TE, top)
-            if mask is not None:
-                chance_TE *= ops.cast(mask, chance_TE.dtype)[:, None]
-            load_E = ops.sum(chance_TE, axis=0)
-        else:  # no noise, or nothing to leave out: the load is known
+        if load_E is None:
             load_E = gating.assigned(gates, self.num_experts)
+        losses.setdefault("load_loss", numerics.cv_squared(load_E))
+        losses["importance_loss"] = numerics.cv_squared(importance_E)
+        if self.z_loss_weight:
+            losses["z_loss"] = gating.z_loss(logits_TE, mask)
+        losses = {name: losses[name] for name in self.loss_weights}
         if training:
-            self._add_losses(importance_E, load_E)
-        return Routing(gates, importance_E, load_E)
+            for name, weight in self.loss_weights.items():
+                if weight:
+                    self.add_loss(weight * losses[name])
+        return Routing(gates, importance_E, load_E, losses)
 
-    def _add_losses(self, importance_E, load_E):
-        for weight, vector_E in (
-            (self.importance_weight, importance_E),
-            (self.load_weight, load_E),
-        ):
-            if weight:
-                self.add_loss(weight * numerics.cv_squared(vector_E))
+    def most_tokens(self, num_tokens, training):
+        """The most tokens that any expert gets, where that is known before.
+
+        Args:
+            num_tokens: int, `T`, masked ones included.
+            training: bool.
+
+        Returns:
+            An int, or `None`. Under XLA an expert gets no more slots.
+        """
+        return None
 
     def get_config(self):
-        own = ("num_experts", "k", "importance_weight", "load_weight", "seed")
+        own = (
+            "num_experts",
+            "k",
+            "importance_weight",
+            "load_weight",
+            "z_loss_weight",
+        )
         return {
             **super().get_config(),
             **{name: getattr(self, name) for name in own},
         }
+
+
+class GateRouter(Router):
+    """A router whose logits are `x W_g`, without noise.
+
+    Without noise equal logits would send every token to the same experts, so
+    the kernel starts small, but not at zero.
+    """
+
+    def build(self, input_shape):
+        self.gate_DE = self.add_weight(
+            shape=(input_shape[-1], self.num_experts),
+            # A tenth of the variance that layers start with, as in Switch.
+            initializer=keras.initializers.VarianceScaling(
+                0.1, "fan_in", "truncated_normal"
+            ),
+            name="gate_kernel",
+        )
+        self.built = True
+
+    def logits(self, inputs):
+        return ops.matmul(inputs, self.gate_DE)
 
 
 def router_dtype(dtype):

@@ -44,7 +44,7 @@ def test_all_plans_give_the_same(num_experts, k, num_tokens):
         dispatch.plan_rows(expert_TK, num_experts),
         dispatch.plan_blocks(expert_TK, num_experts, 8),
         dispatch.plan_blocks(expert_TK, num_experts, 1),
-        dispatch.plan_capacity(expert_TK, num_experts, float(num_experts)),
+        dispatch.plan_capacity(expert_TK, num_experts, k * num_tokens),
     ]
     variables = [layer.in_EDF.value, layer.out_EFD.value]
     results = []

@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import pytest
 
-from moe_tf.layers import router
+from moe_tf.layers import noisy_top_k_router as router
 from tests import keras_contract
 from tests.reference import moe as reference
 

@@ -1,0 +1,79 @@
+"""Running a function of rows and weights for many experts at once."""
+
+import tensorflow as tf
+from keras import ops
+
+from moe_tf import dispatch
+
+
+def apply(function, x_SD, kernels, plan):
+    """`function` of each expert's slots and of its own kernels.
+
+    Args:
+        function: takes rows `(..., C, D)` and one matrix `(..., I, O)` of
+            each kernel, with the same leading axes or none, and returns rows
+            `(..., C, O)`.
+        x_SD: float, slots in the order of `plan`.
+        kernels: float tensors `(E, I, O)`.
+        plan: `dispatch.Rows`, `Blocks` or `Capacity`.
+
+    Returns:
+        float `(S, O)`; zeros in slots that belong to no expert.
+    """
+    if isinstance(plan, dispatch.Rows):
+        return _by_rows(function, x_SD, kernels, plan.count_E)
+    if isinstance(plan, dispatch.Blocks):
+        kernels = [tf.gather(kernel, plan.expert_N) for kernel in kernels]
+    return _by_blocks(function, x_SD, kernels)
+
+
+def recomputed(function):
+    """`function`, computed again in the backward pass.
+
+    What it computes on its way is then not kept for the backward pass, which
+    costs a second forward pass. `tf.recompute_grad` copies all arguments,
+    kernels too; here only the first, the rows, is made to wait for the
+    gradient that comes in, so that neither Grappler nor XLA can take the
+    first computation for the second.
+
+    Args:
+        function: takes tensors, the first of them float, and returns one.
+    """
+
+    @tf.custom_gradient
+    def run(x, *kernels):
+        def gradient(dy):
+            first = ops.cast(tf.reshape(dy, [-1])[:1], x.dtype)
+            zero = ops.sum(ops.minimum(ops.abs(first), 0))
+            with tf.GradientTape() as tape:
+                tape.watch((x, *kernels))
+                y = function(x + zero, *kernels)
+            return tape.gradient(y, (x, *kernels), output_gradients=dy)
+
+        return function(x, *kernels), gradient
+
+    return run
+
+
+def _by_rows(function, x_SD, kernels, count_E):
+    """A call for each expert, over as many rows as it has."""
+    num_experts = kernels[0].shape[0]
+    rest = ops.shape(x_SD)[0] - ops.sum(count_E)  # rows of masked tokens
+    *rows, rows_rest = tf.split(
+        x_SD, ops.append(count_E, rest), num=num_experts + 1
+    )
+    parts = [
+        function(*arguments)
+        for arguments in zip(rows, *map(tf.unstack, kernels), strict=True)
+    ]
+    zeros = tf.zeros([ops.shape(rows_rest)[0], parts[0].shape[-1]], x_SD.dtype)
+    return tf.concat([*parts, zeros], axis=0)
+
+
+def _by_blocks(function, x_SD, kernels):
+    """One batched call over blocks of equal size."""
+    num_slots, width = ops.shape(x_SD)[0], x_SD.shape[-1]
+    num_blocks = ops.shape(kernels[0])[0]
+    x_NCD = ops.reshape(x_SD, (num_blocks, num_slots // num_blocks, width))
+    y_NCO = function(x_NCD, *kernels)
+    return ops.reshape(y_NCO, (num_slots, y_NCO.shape[-1]))
