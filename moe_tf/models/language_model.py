@@ -36,14 +36,13 @@ class LanguageModel(keras.Model):
             such as `"MoE-32"`.
         vocabulary_size: int, `V`, with padding.
         width: optional int, scales the variant. Defaults to the paper's.
-        k: optional int, experts per word of `MoE-<n>`. Defaults to 4.
+        k: optional int, experts per word of `MoE-<n>`, at each level where
+            there are two. Defaults to the variant's, 4 or 2.
         dropout: float, share of outputs dropped. Defaults to `0.1`.
-        importance_weight: float, weight of the importance loss. Defaults to
-            `0.1`.
-        load_weight: float, weight of the load loss. Defaults to `0.1`.
+        gating, importance_weight, load_weight, capacity_factor, recompute:
+            see `SparseMoE`. The weights default to the router's.
         num_sampled: optional int, classes drawn by the softmax when a
             `NextWordScorer` trains this model. `None` for the whole softmax.
-        capacity_factor: optional float, see `SparseMoE`.
         seed: optional int for dropout, the gate's noise and the softmax's
             draws.
 
@@ -70,10 +69,12 @@ class LanguageModel(keras.Model):
         width=None,
         k=None,
         dropout=0.1,
-        importance_weight=0.1,
-        load_weight=0.1,
+        gating="noisy_top_k",
+        importance_weight=None,
+        load_weight=None,
         num_sampled=None,
         capacity_factor=None,
+        recompute=False,
         seed=None,
         **kwargs,
     ):
@@ -86,10 +87,12 @@ class LanguageModel(keras.Model):
             "width": width,
             "k": k,
             "dropout": dropout,
+            "gating": gating,
             "importance_weight": importance_weight,
             "load_weight": load_weight,
             "num_sampled": num_sampled,
             "capacity_factor": capacity_factor,
+            "recompute": recompute,
             "seed": seed,
         }
         # One seed each: equal ones would tie dropout to the gate's noise.
@@ -100,9 +103,11 @@ class LanguageModel(keras.Model):
         )
         make_experts = functools.partial(
             SparseMoE,
+            gating=gating,
             importance_weight=importance_weight,
             load_weight=load_weight,
             capacity_factor=capacity_factor,
+            recompute=recompute,
             seed=moe_seed,
         )
         self.blocks = _make_blocks(self.variant, make_experts, dtype)
@@ -211,6 +216,7 @@ def _make_blocks(variant, make_experts, dtype):
                     layer.num_experts,
                     layer.hidden_units,
                     layer.k,
+                    branching=layer.branching,
                     dtype=dtype,
                     name="moe",
                 )

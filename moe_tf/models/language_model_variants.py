@@ -7,7 +7,10 @@ adds it up without building anything.
 
 import dataclasses
 import functools
+import math
 import re
+from collections.abc import Callable
+from typing import NamedTuple
 
 from moe_tf import checks
 
@@ -35,11 +38,60 @@ class FeedForward:
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """A flat mixture of `num_experts` one-hidden-layer experts."""
+    """A mixture of one-hidden-layer experts, flat or of two levels.
+
+    Attributes:
+        num_experts: int, all of them.
+        hidden_units: int, width of each expert's hidden layer.
+        k: int, experts kept per word; with `branching`, groups kept per word
+            and experts kept in each of them.
+        branching: optional `(a, b)`, `a` groups of `b` experts with
+            `a * b == num_experts` (appendix B). Defaults to `None`: flat.
+
+    Raises:
+        ValueError: if a number is below 1, `branching` does not split
+            `num_experts`, or there are fewer than `k` to choose from.
+    """
 
     num_experts: int
     hidden_units: int
     k: int = 4
+    branching: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        if self.branching is not None:
+            self._check_branching()
+        for field in ("num_experts", "hidden_units", "k"):
+            checks.at_least(field, getattr(self, field), 1)
+        if self.branching is None and self.k > self.num_experts:
+            raise ValueError(
+                "`k` must be between 1 and `num_experts`. "
+                f"Received: k={self.k}, num_experts={self.num_experts}"
+            )
+        if self.branching is not None and self.k > min(self.branching):
+            raise ValueError(
+                "`k` must be between 1 and either number of `branching`. "
+                f"Received: k={self.k}, branching={self.branching}"
+            )
+
+    def _check_branching(self):
+        fits = (
+            isinstance(self.branching, tuple)
+            and len(self.branching) == 2
+            and all(isinstance(n, int) and n >= 1 for n in self.branching)
+            and math.prod(self.branching) == self.num_experts
+        )
+        if not fits:
+            raise ValueError(
+                "`branching` must be a tuple of two whole numbers of at least "
+                "1 whose product is `num_experts`. Received: branching="
+                f"{self.branching}, num_experts={self.num_experts}"
+            )
+
+    @property
+    def experts_per_word(self):
+        """Experts that compute each word: `k`, or `k * k` on two levels."""
+        return self.k if self.branching is None else self.k**2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +99,7 @@ class Variant:
     """A language model but for its vocabulary.
 
     Attributes:
-        name: str, the name in the paper's table 7.
+        name: str, as `variant` takes it.
         width: int, width of the embedding and of every layer's output.
         layers: tuple of `Lstm`, `FeedForward` and `Experts`, bottom first.
     """
@@ -76,45 +128,108 @@ class Counts:
         )
 
 
+class _Family(NamedTuple):
+    """A variant at any width: the paper's settings, and the layers."""
+
+    width: int
+    k: int | None  # `None` where nothing is chosen
+    layers: Callable  # of the width and `k`
+
+
 def _between_lstms(width, *layers):
     return (Lstm(width), *layers, Lstm(width))
 
 
-# Name: the paper's width, and the layers at any width.
-_BASELINES = {
-    "4xLSTM-512": (512, lambda width: (Lstm(width),) * 4),
-    "LSTM-2048-512": (512, lambda width: (Lstm(4 * width, projected=True),)),
-    "2xLSTM-8192-1024": (
-        1024,
-        lambda width: (Lstm(8 * width, projected=True),) * 2,
-    ),
-    "MoE-1-Wide": (
+def _flat(num_experts):
+    return _Family(
         512,
-        lambda width: _between_lstms(width, FeedForward((8 * width,))),
-    ),
-    "MoE-1-Deep": (
+        4,
+        lambda width, k: _between_lstms(
+            width, Experts(num_experts, 2 * width, k)
+        ),
+    )
+
+
+def _two_level(a, b):
+    return _Family(
         512,
-        lambda width: _between_lstms(width, FeedForward((2 * width,) * 4)),
+        2,
+        lambda width, k: _between_lstms(
+            width, Experts(a * b, 2 * width, k, branching=(a, b))
+        ),
+    )
+
+
+# The paper does not say how it splits the experts of these two; it runs both
+# on 32 GPUs, and 32 groups give its counts to the last printed digit.
+def _moe_34m(width, k):
+    return _between_lstms(
+        width, Experts(1024, 2 * width, k, branching=(32, 32))
+    )
+
+
+def _moe_143m(width, k):
+    lstm = Lstm(4 * width, projected=True)
+    return (lstm, Experts(256, 8 * width, k, branching=(32, 8)), lstm)
+
+
+_NAMED = {
+    "4xLSTM-512": _Family(512, None, lambda width, k: (Lstm(width),) * 4),
+    "LSTM-2048-512": _Family(
+        512, None, lambda width, k: (Lstm(4 * width, projected=True),)
     ),
+    "2xLSTM-8192-1024": _Family(
+        1024, None, lambda width, k: (Lstm(8 * width, projected=True),) * 2
+    ),
+    "MoE-1-Wide": _Family(
+        512,
+        None,
+        lambda width, k: _between_lstms(width, FeedForward((8 * width,))),
+    ),
+    "MoE-1-Deep": _Family(
+        512,
+        None,
+        lambda width, k: _between_lstms(width, FeedForward((2 * width,) * 4)),
+    ),
+    # The 1-billion-word models; the other corpus has 32 x 8, 32 x 32, 64 x 64.
+    "MoE-256-h": _two_level(16, 16),
+    "MoE-1024-h": _two_level(16, 64),
+    "MoE-4096-h": _two_level(16, 256),
+    # The 100-billion-word models alone.
+    "MoE-16384-h": _two_level(128, 128),
+    "MoE-65536-h": _two_level(256, 256),
+    "MoE-131072-h": _two_level(256, 512),
+    "MoE-34M": _Family(1024, 2, _moe_34m),
+    "MoE-143M": _Family(1024, 2, _moe_143m),
 }
-_FLAT_MOE = re.compile(r"MoE-([1-9][0-9]*)")
-_FLAT_MOE_WIDTH = 512
+_FLAT = re.compile(r"MoE-([1-9][0-9]*)")
+_TWO_LEVEL = re.compile(r"MoE-([1-9][0-9]*)x([1-9][0-9]*)-h")
 
 
 def variant(name, width=None, k=None):
-    """Looks up a language model of section 5.1 and appendix C.
+    """Looks up a language model of sections 5.1, 5.2, appendices C and D.
 
     Another `width` scales every layer of the family alike, so that variants
     which match in operations per word in the paper match there too.
 
     Args:
-        name: str, `4xLSTM-512`, `LSTM-2048-512`, `2xLSTM-8192-1024`,
-            `MoE-1-Wide`, `MoE-1-Deep`, or `MoE-<n>` for any number of
-            experts; the paper has `MoE-4`, `MoE-32` and `MoE-256`.
+        name: str, one of
+            - `4xLSTM-512`, `LSTM-2048-512`, `2xLSTM-8192-1024`,
+              `MoE-1-Wide`, `MoE-1-Deep`, which choose nothing;
+            - `MoE-<n>` for any number of experts; the paper has `MoE-4`,
+              `MoE-32` and `MoE-256`;
+            - `MoE-<a>x<b>-h` for `a` groups of `b` experts;
+            - `MoE-256-h`, `MoE-1024-h`, `MoE-4096-h`: 16 groups, as on the
+              1-billion-word corpus. Those on the 100-billion-word corpus are
+              `MoE-32x8-h`, `MoE-32x32-h` and `MoE-64x64-h`;
+            - `MoE-16384-h`, `MoE-65536-h`, `MoE-131072-h`: 128 x 128,
+              256 x 256 and 256 x 512, as on the 100-billion-word corpus;
+            - `MoE-34M` and `MoE-143M`: 32 x 32 and 32 x 8 larger experts.
         width: optional int, embedding width. Defaults to the paper's, 512
-            (1024 for `2xLSTM-8192-1024`).
-        k: optional int, experts kept per word, for `MoE-<n>` alone.
-            Defaults to 4.
+            (1024 for `2xLSTM-8192-1024`, `MoE-34M` and `MoE-143M`).
+        k: optional int, experts kept per word of `MoE-<n>`; of the two-level
+            variants, groups kept per word and experts kept in each. Defaults
+            to 4, and to 2 at each level.
 
     Returns:
         A `Variant`.
@@ -124,33 +239,30 @@ def variant(name, width=None, k=None):
             not fit it.
     """
     checks.at_least("width", width, 1, none_is_fine=True)
-    flat_moe = _FLAT_MOE.fullmatch(name)
-    if flat_moe:
-        return _flat_moe(name, int(flat_moe[1]), width or _FLAT_MOE_WIDTH, k)
-    if name not in _BASELINES:
+    family = _look_up(name)
+    if family.k is None and k is not None:
         raise ValueError(
-            f"`name` must be one of {', '.join(_BASELINES)} or `MoE-<n>` with "
-            f"n experts, such as MoE-4, MoE-32, MoE-256. Received: name={name}"
+            "`k` is for the variants with a choice of experts; leave it out "
+            f"here. Received: k={k}, name={name}"
         )
-    if k is not None:
-        raise ValueError(
-            "`k` is for the variants `MoE-<n>`; leave it out here. "
-            f"Received: k={k}, name={name}"
-        )
-    paper_width, layers = _BASELINES[name]
-    width = width or paper_width
-    return Variant(name, width, layers(width))
+    width = family.width if width is None else width
+    k = family.k if k is None else k
+    return Variant(name, width, family.layers(width, k))
 
 
-def _flat_moe(name, num_experts, width, k):
-    k = 4 if k is None else k
-    if not 1 <= k <= num_experts:
-        raise ValueError(
-            "`k` must be between 1 and the number of experts. "
-            f"Received: k={k}, name={name}"
-        )
-    experts = Experts(num_experts, hidden_units=2 * width, k=k)
-    return Variant(name, width, _between_lstms(width, experts))
+def _look_up(name):
+    if name in _NAMED:
+        return _NAMED[name]
+    if flat := _FLAT.fullmatch(name):
+        return _flat(int(flat[1]))
+    if split := _TWO_LEVEL.fullmatch(name):
+        return _two_level(int(split[1]), int(split[2]))
+    raise ValueError(
+        f"`name` must be one of {', '.join(_NAMED)}, or `MoE-<n>` with n "
+        "experts, such as MoE-4, MoE-32, MoE-256, or `MoE-<a>x<b>-h` with a "
+        "groups of b experts, such as MoE-64x64-h; n, a and b are at least 1. "
+        f"Received: name={name}"
+    )
 
 
 def count(variant):
@@ -158,7 +270,8 @@ def count(variant):
 
     As in the paper's tables, embedding and softmax are left out, a
     multiply-add is one operation, and experts that a word does not reach
-    cost nothing. Gates count twice, for `W_g` and `W_noise`.
+    cost nothing. Gates count twice, for `W_g` and `W_noise`; of the gates
+    inside the groups, a word reaches `k`.
 
     Args:
         variant: `Variant`.
@@ -197,9 +310,14 @@ def _(layer: FeedForward, width):
 
 @_count_layer.register
 def _(layer: Experts, width):
-    gates = 2 * width * layer.num_experts
+    gate_columns = reached_columns = layer.num_experts
+    if layer.branching is not None:
+        groups, group_size = layer.branching
+        gate_columns += groups
+        reached_columns = groups + layer.k * group_size
+    gate_column = 2 * width  # of `W_g` and `W_noise`
     expert = 2 * width * layer.hidden_units
     return Counts(
-        gates + layer.num_experts * expert,
-        gates + layer.k * expert,
+        gate_columns * gate_column + layer.num_experts * expert,
+        reached_columns * gate_column + layer.experts_per_word * expert,
     )

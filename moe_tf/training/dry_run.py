@@ -35,7 +35,7 @@ def describe(task, config):
 
 
 def _expert_rows(layer, config):
-    rows_a_batch = layer.k * config.data.batch_words
+    rows_a_batch = layer.experts_per_word * config.data.batch_words
     capacity = config.model.capacity_factor
     limit = "none is dropped"
     if capacity is not None:

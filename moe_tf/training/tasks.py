@@ -12,6 +12,7 @@ from moe_tf import schedules
 from moe_tf.data import batching
 from moe_tf.data import preparation
 from moe_tf.data import vocabulary as vocabularies
+from moe_tf.layers import moe
 from moe_tf.models import language_model_variants as variants
 from moe_tf.models.language_model import LanguageModel
 from moe_tf.models.next_word_scorer import NextWordScorer
@@ -40,7 +41,21 @@ class LanguageModelTask:
 
     def __post_init__(self):
         _check_fields(self.config)
-        self.variant()
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        """Makes the routers, without weights, so that wrong settings tell."""
+        model = self.config.model
+        for layer in self.variant().layers:
+            if isinstance(layer, variants.Experts):
+                moe.make_router(
+                    layer.num_experts,
+                    model.gating,
+                    k=layer.k,
+                    branching=layer.branching,
+                    importance_weight=model.importance_weight,
+                    load_weight=model.load_weight,
+                )
 
     def variant(self) -> variants.Variant:
         """What the model consists of, without building it."""
@@ -133,11 +148,8 @@ _COUNTS = (
 _COUNTS_FROM_ZERO = ("data.shuffle_buffer", "sample.seed")
 _COUNTS_OR_NONE = ("model.width", "model.k", "model.num_sampled")
 _POSITIVE_OR_NONE = ("model.capacity_factor", "train.clip_norm")
-_NOT_NEGATIVE = (
-    "model.importance_weight",
-    "model.load_weight",
-    "sample.temperature",
-)
+_NOT_NEGATIVE = ("sample.temperature",)
+_NOT_NEGATIVE_OR_NONE = ("model.importance_weight", "model.load_weight")
 
 
 def _check_fields(config):
@@ -165,6 +177,8 @@ def _check_fields(config):
         checks.positive(field, value_of(field), none_is_fine=True)
     for field in _NOT_NEGATIVE:
         checks.not_negative(field, value_of(field))
+    for field in _NOT_NEGATIVE_OR_NONE:
+        checks.not_negative(field, value_of(field), none_is_fine=True)
     checks.positive("train.learning_rate", config.train.learning_rate)
     if not 0 <= config.model.dropout < 1:
         raise ValueError(
