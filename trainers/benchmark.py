@@ -2,89 +2,178 @@
 
     moe-tf-benchmark --experts=8,32
 
-Forward and backward of `SparseMoE` in training, its losses included, against
-a dense layer of the same shape fed `tokens * k` rows, in one run: the calls of
-all layers take turns, and each figure is a median. A ratio of 1 means that
-routing, sending and balancing cost nothing beside the experts' products.
-"""
+Forward and backward in training, the layer's losses included: a dense layer
+fed `tokens * k` rows, every expert on every token (what Keras users have
+today), and `SparseMoE`, dropless (`grouped`) and with capacity factors. All
+layers take turns in one run, and figures are medians. A ratio of 1 means
+that routing, sending and balancing cost nothing beside the experts' products.
 
-import statistics
-import time
+The first row of the table is the ceiling, one large product. `TFLOP/s` and
+`ceiling` count useful operations alone, those of the dense row; `GFLOP` are
+the products of the row's own graph, 2 a multiply-add, its gate's included.
+
+On a GPU, where single calls measure their launch:
+
+    moe-tf-benchmark --tokens=16384 --width=1024 --hidden=4096 --k=2 \\
+        --experts=8,64 --dtype_policy=mixed_bfloat16 --jit_compile=true \\
+        --calls=10 --repeats=21 --ceiling=8192 --all_experts_gib=32
+"""
 
 import keras
 import tensorflow as tf
 from absl import app
 from absl import flags
 
-import moe_tf
+from moe_tf.benchmarks import memory
+from moe_tf.benchmarks import report
+from moe_tf.benchmarks import steps
+from moe_tf.benchmarks import timing
+from moe_tf.benchmarks import ways
 
-_EXPERTS = flags.DEFINE_list("experts", ["8", "32"], "Numbers of experts.")
+_EXPERTS = flags.DEFINE_list(
+    "experts", ["8", "32", "256"], "Numbers of experts."
+)
+_WAYS = flags.DEFINE_list(
+    "ways",
+    ["all_experts", "grouped", "capacity:1.0", "capacity:1.25"],
+    f"Rows for each number of experts: {', '.join(ways.NAMES[1:])}.",
+)
 _TOKENS = flags.DEFINE_integer("tokens", 4096, "Tokens a call.", 1)
 _WIDTH = flags.DEFINE_integer("width", 512, "Width of a token.", 1)
 _HIDDEN = flags.DEFINE_integer("hidden", 1024, "Hidden units an expert.", 1)
 _K = flags.DEFINE_integer("k", 4, "Experts for each token.", 1)
-_REPEATS = flags.DEFINE_integer("repeats", 9, "Timed calls of each layer.", 3)
+_DTYPE_POLICY = flags.DEFINE_enum(
+    "dtype_policy", "float32", ["float32", "mixed_bfloat16"], "Of all layers."
+)
+_JIT_COMPILE = flags.DEFINE_bool("jit_compile", False, "Compile with XLA.")
+_REPEATS = flags.DEFINE_integer("repeats", 9, "Samples of each layer.", 3)
+_CALLS = flags.DEFINE_integer("calls", 1, "Calls a sample.", 1)
+_CEILING = flags.DEFINE_integer(
+    "ceiling", 4096, "Rows and columns of the ceiling's matrices.", 1
+)
+_TRAFFIC_MIB = flags.DEFINE_integer(
+    "traffic_mib", 256, "Size of each array that measures the memory.", 1
+)
+_ALL_EXPERTS_GIB = flags.DEFINE_float(
+    "all_experts_gib",
+    4.0,
+    "Skip all_experts where its activations would take more than this.",
+    0,
+)
+_MEMORY = flags.DEFINE_bool(
+    "memory",
+    False,
+    "Measure peak memory on a CPU too, by running each row once more in a "
+    "process of its own (Linux). On a GPU it is measured always.",
+)
 
 
-def dense_layer():
-    return keras.Sequential(
-        [
-            keras.layers.Dense(
-                _HIDDEN.value, activation="relu", use_bias=False
-            ),
-            keras.layers.Dense(_WIDTH.value, use_bias=False),
-        ]
-    )
+@flags.validator("experts")
+def _numbers(experts):
+    if not all(number.isdecimal() and int(number) > 0 for number in experts):
+        raise flags.ValidationError("whole numbers of at least 1 are needed")
+    return _distinct(list(map(int, experts)))
 
 
-def train_step(layer, num_rows):
-    """A compiled forward and backward pass over `num_rows` fixed rows."""
-    x_TD = tf.random.stateless_normal((num_rows, _WIDTH.value), seed=(1, 2))
-    layer(x_TD)
-    variables = [v.value for v in layer.trainable_variables]
-
-    @tf.function
-    def step(x_TD):
-        with tf.GradientTape() as tape:
-            tape.watch(x_TD)
-            y_TD = layer(x_TD, training=True)
-            loss = tf.reduce_mean(tf.square(y_TD)) + sum(layer.losses)
-        gradients = tape.gradient(loss, [x_TD, *variables])
-        # One entry of each: enough that none is optimised away, and no extra
-        # pass over the weights of all experts.
-        return tf.add_n([tf.reshape(g, (-1,))[0] for g in gradients])
-
-    return lambda: float(step(x_TD))
+@flags.validator("ways")
+def _known(names):
+    try:
+        factors = list(map(ways.capacity_factor, names))
+    except ValueError as error:
+        raise flags.ValidationError(str(error)) from error
+    if "dense" in names:
+        raise flags.ValidationError("dense is always there, and once")
+    # `capacity:1` and `capacity:1.0` are one way.
+    kinds = [name.split(":")[0] for name in names]
+    return _distinct(list(zip(kinds, factors, strict=True)))
 
 
-def medians(steps):
-    """Median seconds of each step, the steps taking turns."""
-    times = {name: [] for name in steps}
-    for step in steps.values():  # trace and warm up
-        step()
-        step()
-    for _ in range(_REPEATS.value):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(taken) for name, taken in times.items()}
+def _distinct(values):
+    if not values or len(set(values)) < len(values):
+        raise flags.ValidationError("there must be one, and none twice")
+    return True
+
+
+@flags.multi_flags_validator(["experts", "k"])
+def _enough(values):
+    for number in map(int, values["experts"]):
+        if number < values["k"]:
+            raise flags.ValidationError(
+                "`k` must be between 1 and `num_experts`. "
+                f"Received: k={values['k']}, num_experts={number}"
+            )
+    return True
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
-    dense = f"dense, {_TOKENS.value * _K.value} rows"
-    steps = {dense: train_step(dense_layer(), _TOKENS.value * _K.value)}
-    for num_experts in map(int, _EXPERTS.value):
-        layer = moe_tf.SparseMoE(num_experts, _HIDDEN.value, k=_K.value)
-        name = f"SparseMoE, {num_experts} experts"
-        steps[name] = train_step(layer, _TOKENS.value)
-    seconds = medians(steps)
-    print(f"{'forward + backward':32}{'ms':>10}{'ratio':>8}")
-    for name, taken in seconds.items():
-        ratio = taken / seconds[dense]
-        print(f"{name:32}{1e3 * taken:>10.1f}{ratio:>8.2f}")
+    setting = ways.Setting(
+        _TOKENS.value, _WIDTH.value, _HIDDEN.value, _K.value,
+        _DTYPE_POLICY.value, _JIT_COMPILE.value,
+    )  # fmt: skip
+    print(report.machine(setting))
+    print(
+        f"{setting.tokens} tokens, width {setting.width}, hidden "
+        f"{setting.hidden}, k {setting.k}; medians of {_REPEATS.value} "
+        f"samples, calls a sample: {_CALLS.value}",
+        flush=True,
+    )
+    rows = ways.rows(_WAYS.value, map(int, _EXPERTS.value))
+    skipped = too_large(rows, setting)
+    rows = [row for row in rows if row not in skipped]
+    results, ceiling, rate = measure(rows, setting)
+    for line in (
+        *report.table(setting, results, skipped, _CEILING.value, ceiling),
+        *report.speedups(setting, results),
+        *report.floors(setting, results, rate),
+    ):
+        print(line)
+
+
+def too_large(rows, setting):
+    """Rows that would not fit, and why."""
+    reasons = {}
+    for row in rows:
+        if row.way != "all_experts":
+            continue
+        gib = ways.all_experts_bytes(row.num_experts, setting) / 2**30
+        if gib > _ALL_EXPERTS_GIB.value:
+            reasons[row] = (
+                f"its activations alone take {gib:.3g} GiB, more than "
+                f"--all_experts_gib={_ALL_EXPERTS_GIB.value:g}"
+            )
+    return reasons
+
+
+def measure(rows, setting):
+    """Results by row, seconds of the ceiling, bytes a second of the memory."""
+    on_gpu = bool(tf.config.list_physical_devices("GPU"))
+    peaks = dict.fromkeys(rows)
+    if _MEMORY.value and not on_gpu:
+        peaks = {row: memory.in_own_process(row, setting) for row in rows}
+    keras.utils.set_random_seed(0)
+    layers = {}
+    for row in rows:
+        if on_gpu:
+            layers[row], peaks[row] = memory.on_gpu(row, setting)
+        else:
+            layers[row] = ways.train_step(row, setting)
+    traffic_bytes = _TRAFFIC_MIB.value * 2**20
+    limits = {
+        "ceiling": steps.ceiling(
+            _CEILING.value, setting.compute_dtype, setting.jit_compile
+        ),
+        "traffic": steps.traffic(traffic_bytes),
+    }
+    seconds = timing.medians({**limits, **layers}, _REPEATS.value, _CALLS.value)
+    results = {
+        row: report.Result(
+            seconds[row], step.flops(), step.dropped(), peaks[row]
+        )
+        for row, step in layers.items()
+    }
+    return results, seconds["ceiling"], 3 * traffic_bytes / seconds["traffic"]
 
 
 def run():

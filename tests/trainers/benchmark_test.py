@@ -1,8 +1,21 @@
+"""The benchmark as users run it. No time decides a test."""
+
 import pathlib
 import subprocess
 import sys
 
+import pytest
+
+from moe_tf.benchmarks import ways
+
 REPOSITORY = pathlib.Path(__file__).parents[2]
+SMALL = (
+    "--tokens=32", "--width=8", "--hidden=16", "--k=2", "--repeats=3",
+    "--ceiling=64", "--traffic_mib=1",
+)  # fmt: skip
+USEFUL = ways.Setting(tokens=32, width=8, hidden=16, k=2).useful_flops
+GATE = 3 * 2 * 32 * 8  # for each expert
+HALF_MS, HALF_RATIO, HALF_RATE = 0.0005, 0.005, 0.5  # of the last digit
 
 
 def run(*flags):
@@ -10,28 +23,161 @@ def run(*flags):
         [sys.executable, "-m", "trainers.benchmark", *flags],
         cwd=REPOSITORY,
         capture_output=True,
-        timeout=200,
+        timeout=300,
+        text=True,
     )
 
 
-def test_prints_a_ratio_for_each_number_of_experts():
-    result = run(
-        "--experts=2,4", "--tokens=32", "--width=8", "--hidden=16", "--k=2"
+def printed(*flags):
+    """The lines: two of setting, the table's cells by row, what follows."""
+    result = run(*SMALL, *flags)
+    assert result.returncode == 0, result.stderr
+    *setting, header, ceiling, dense = result.stdout.splitlines()[:5]
+    assert header.split()[-9:] == [
+        "ms", "ratio", "tokens/s", "GFLOP", "TFLOP/s", "ceiling", "dropped",
+        "peak", "MiB",
+    ]  # fmt: skip
+    assert ceiling.startswith("product of 64 x 64")
+    assert dense.startswith("dense, 64 rows")
+    rows = {("dense", "-"): dense.split()[4:]}
+    rest = result.stdout.splitlines()[5:]
+    while rest and len(rest[0].split()) == 10:
+        way, number, *cells = rest.pop(0).split()
+        rows[way, number] = cells
+    return setting, rows, rest
+
+
+def assert_consistent(rows):
+    """Of what was divided, more digits were known than are printed."""
+    dense = float(rows["dense", "-"][0])
+    for milliseconds, ratio, rate, *_ in rows.values():
+        taken, ratio, rate = map(float, (milliseconds, ratio, rate))
+        assert (ratio - HALF_RATIO) * (dense - HALF_MS) <= taken + HALF_MS
+        assert (ratio + HALF_RATIO) * (dense + HALF_MS) >= taken - HALF_MS
+        assert (rate - HALF_RATE) * (taken - HALF_MS) / 1e3 <= 32
+        assert (rate + HALF_RATE) * (taken + HALF_MS) / 1e3 >= 32
+
+
+def test_prints_every_row_and_what_it_costs():
+    setting, rows, rest = printed(
+        "--experts=2,4", "--ways=all_experts,grouped,capacity:0.5"
     )
-    assert result.returncode == 0, result.stderr.decode()
-    header, dense, *layers = result.stdout.decode().splitlines()
-    assert header.split()[-2:] == ["ms", "ratio"]
-    assert dense.startswith("dense, 64 rows") and dense.endswith(" 1.00")
-    assert [line.split()[1] for line in layers] == ["2", "4"]
-    milliseconds = float(dense.split()[-2])
-    for line in layers:
-        taken, ratio = map(float, line.split()[-2:])
-        # What was divided had more digits: 0.05 ms either way, and 0.005.
-        assert ratio >= (taken - 0.05) / (milliseconds + 0.05) - 0.006
-        assert ratio * (milliseconds - 0.05) <= taken + 0.05 + 0.006 * taken
+    assert "float32, jit_compile=False" in setting[0]
+    assert setting[1].startswith("32 tokens, width 8, hidden 16, k 2;")
+    names = ["all_experts", "grouped", "capacity:0.5"]
+    assert list(rows) == [
+        ("dense", "-"),
+        *((name, number) for number in "24" for name in names),
+    ]
+    assert rows["dense", "-"][1] == "1.00"
+    assert_consistent(rows)
+    gigaflops = {row: float(cells[3]) for row, cells in rows.items()}
+    flops = {row: 1e9 * value for row, value in gigaflops.items()}
+    assert flops["dense", "-"] == pytest.approx(USEFUL, rel=1e-5)
+    for number in (2, 4):
+        gate = number * GATE
+        for way, want in (
+            ("all_experts", USEFUL * number // 2 + gate),
+            ("grouped", USEFUL + 2 * gate),
+            ("capacity:0.5", USEFUL // 2 + 2 * gate),
+        ):
+            got = flops[way, str(number)]
+            assert got == pytest.approx(want, rel=1e-5)
+        dropped = {way: rows[way, str(number)][6] for way in names}
+        assert dropped["all_experts"] == "-"
+        assert dropped["grouped"] == "0.00%"
+        assert float(dropped["capacity:0.5"][:-1]) >= 50
+    assert all(cells[7] == "-" for cells in rows.values())
+    assert [line.split(":")[0] for line in rest] == [
+        "grouped, 2 experts", "capacity", "grouped, 4 experts", "capacity",
+        "memory", "2 experts", "4 experts",
+    ]  # fmt: skip
+
+
+def test_compiled_by_xla_in_bfloat16():
+    setting, rows, rest = printed(
+        "--experts=2", "--ways=grouped,capacity:1.0", "--jit_compile",
+        "--dtype_policy=mixed_bfloat16", "--calls=2",
+    )  # fmt: skip
+    assert "mixed_bfloat16, jit_compile=True" in setting[0]
+    assert setting[1].endswith("medians of 3 samples, calls a sample: 2")
+    assert list(rows) == [
+        ("dense", "-"), ("grouped", "2"), ("capacity:1.0", "2"),
+    ]  # fmt: skip
+    assert_consistent(rows)
+    assert [line.split(":")[0] for line in rest] == ["memory", "2 experts"]
+
+
+def test_memory_is_measured_when_asked():
+    _, rows, _ = printed("--experts=2", "--ways=grouped", "--memory")
+    assert list(rows) == [("dense", "-"), ("grouped", "2")]
+    assert all(int(cells[7]) > 0 for cells in rows.values())
+
+
+def test_all_experts_are_skipped_with_a_reason_where_they_are_too_large():
+    # Hidden and output of 32 tokens x 8 experts, twice: 48 KiB.
+    _, rows, rest = printed(
+        "--experts=8", "--ways=grouped,all_experts", "--all_experts_gib=4e-5"
+    )
+    assert list(rows) == [("dense", "-"), ("grouped", "8")]
+    assert rest[0] == (
+        "all_experts, 8 experts, skipped: its activations alone take "
+        "4.58e-05 GiB, more than --all_experts_gib=4e-05"
+    )
+    assert not any("times as fast" in line for line in rest)
 
 
 def test_a_number_of_experts_below_k_is_refused():
-    result = run("--experts=2", "--tokens=8", "--width=4", "--hidden=4")
+    result = run("--experts=8,2", "--k=4")
     assert result.returncode != 0
-    assert b"`k` must be between" in result.stderr
+    assert "`k` must be between 1" in result.stderr
+    assert "Received: k=4, num_experts=2" in result.stderr
+    assert not result.stdout
+
+
+REFUSED = {
+    "--experts=": "there must be one, and none twice",
+    "--experts=8,8": "there must be one, and none twice",
+    "--experts=8,some": "whole numbers of at least 1",
+    "--experts=0": "whole numbers of at least 1",
+    "--ways=": "there must be one, and none twice",
+    "--ways=dense": "dense is always there",
+    "--ways=sparse": "`ways` are dense, all_experts, grouped",
+    "--ways=capacity:-1": "`capacity_factor` must be finite and above 0",
+    "--ways=capacity:1,capacity:1.0": "there must be one, and none twice",
+    "--tokens=0": "--tokens=0",
+    "--k=0": "--k=0",
+    "--calls=0": "--calls=0",
+    "--repeats=2": "--repeats=2",
+    "--all_experts_gib=-1": "--all_experts_gib=-1",
+    "--dtype_policy=float16": "should be one of",
+}
+TRY_EACH = """
+import sys
+from absl import flags
+from trainers import benchmark
+for flag in sys.argv[1:]:
+    try:
+        flags.FLAGS(["benchmark", flag])
+        print("accepted")
+    except flags.Error as error:
+        print(str(error).replace("\\n", " "))
+    flags.FLAGS.unparse_flags()
+    for name in flags.FLAGS.flags_by_module_dict()["trainers.benchmark"]:
+        name.unparse()
+"""
+
+
+def test_bad_flags_are_refused_by_name():
+    result = subprocess.run(
+        [sys.executable, "-c", TRY_EACH, *REFUSED],
+        cwd=REPOSITORY,
+        capture_output=True,
+        timeout=100,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    messages = result.stdout.splitlines()
+    assert len(messages) == len(REFUSED)
+    for (flag, want), got in zip(REFUSED.items(), messages, strict=True):
+        assert want in got, flag

@@ -1,0 +1,156 @@
+"""The layers that the benchmark compares, one name each."""
+
+import dataclasses
+
+import keras
+import tensorflow as tf
+from keras import ops
+
+from moe_tf import checks
+from moe_tf import layers
+from moe_tf.benchmarks import steps
+
+_CAPACITY = "capacity:"
+NAMES = ("dense", "all_experts", "grouped", f"{_CAPACITY}FACTOR")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What all rows of one table share."""
+
+    tokens: int  # T
+    width: int  # D
+    hidden: int  # F
+    k: int
+    dtype_policy: str = "float32"
+    jit_compile: bool = False
+
+    @property
+    def compute_dtype(self):
+        return keras.dtype_policies.get(self.dtype_policy).compute_dtype
+
+    @property
+    def useful_flops(self):
+        """Forward and backward of the experts that were chosen, nothing else.
+
+        Two products of `T * k` rows, each three times (itself, the gradient
+        of its rows, the gradient of its weights), 2 a multiply-add.
+        """
+        return 3 * 2 * 2 * self.tokens * self.k * self.width * self.hidden
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One layer of the table: a way, and a number of experts unless dense."""
+
+    way: str
+    num_experts: int | None = None
+
+
+def rows(names, nums_experts):
+    """The dense row, then each way with each number of experts."""
+    return [
+        Row("dense"),
+        *(Row(way, number) for number in nums_experts for way in names),
+    ]
+
+
+def capacity_factor(way):
+    """The factor in `capacity:1.25`; `None` for a way without one.
+
+    Raises:
+        ValueError: if there is no such way, or no such factor.
+    """
+    if way in NAMES[:-1]:
+        return None
+    try:
+        factor = float(way.removeprefix(_CAPACITY))
+    except ValueError:
+        factor = None
+    if not way.startswith(_CAPACITY) or factor is None:
+        raise ValueError(f"`ways` are {', '.join(NAMES)}. Received: {way}")
+    checks.positive("capacity_factor", factor)
+    return factor
+
+
+def layer(row, setting):
+    """The layer of a row, not built yet.
+
+    Raises:
+        ValueError: if the row's way or number of experts cannot be.
+    """
+    factor = capacity_factor(row.way)
+    kwargs = {"dtype": setting.dtype_policy}
+    if row.way == "dense":
+        return layers.FeedForward((setting.hidden,), **kwargs)
+    kwargs["k"] = setting.k
+    if row.way == "all_experts":
+        return AllExperts(row.num_experts, setting.hidden, **kwargs)
+    return layers.SparseMoE(
+        row.num_experts, setting.hidden, capacity_factor=factor, **kwargs
+    )
+
+
+def train_step(row, setting):
+    """The step of a row; the dense layer gets the rows of `k` experts."""
+    return steps.TrainStep(
+        layer(row, setting),
+        setting.tokens * (setting.k if row.way == "dense" else 1),
+        setting.width,
+        setting.jit_compile,
+    )
+
+
+def all_experts_bytes(num_experts, setting):
+    """What hidden activations, outputs and gradients of both must take."""
+    units = 2 * (setting.hidden + setting.width)
+    size = tf.as_dtype(setting.compute_dtype).size
+    return setting.tokens * num_experts * units * size
+
+
+class AllExperts(keras.layers.Layer):
+    """Every expert on every token, weighted by a gate that is mostly zeros.
+
+    What Keras users have today: KerasHub's Mixtral computes its experts by
+    these two einsums. The gate keeps the `k` largest of a softmax and makes
+    them sum to 1, so without noise the outputs are those of `SparseMoE`.
+
+    Args:
+        num_experts: int, `E`.
+        hidden_units: int, `F`.
+        k: int, experts that get a weight, `1 <= k <= E`.
+
+    Call arguments:
+        inputs: float `(T, D)`.
+
+    Returns:
+        float `(T, D)`.
+    """
+
+    def __init__(self, num_experts, hidden_units, k, **kwargs):
+        super().__init__(**kwargs)
+        self.num_experts = num_experts
+        self.hidden_units = hidden_units
+        self.k = k
+
+    def build(self, input_shape):
+        width = input_shape[-1]
+        shape_EDF = (self.num_experts, width, self.hidden_units)
+        shape_EFD = (self.num_experts, self.hidden_units, width)
+        self.gate_DE = self.add_weight(
+            shape=(width, self.num_experts), name="gate_kernel"
+        )
+        self.in_EDF = self.add_weight(shape=shape_EDF, name="expert_in_kernel")
+        self.out_EFD = self.add_weight(
+            shape=shape_EFD, name="expert_out_kernel"
+        )
+
+    def call(self, inputs):
+        chance_TE = ops.softmax(ops.matmul(inputs, self.gate_DE))
+        top_TK, expert_TK = ops.top_k(chance_TE, self.k)
+        top_TK /= ops.sum(top_TK, axis=-1, keepdims=True)
+        hot_TKE = ops.one_hot(expert_TK, self.num_experts, dtype=top_TK.dtype)
+        weight_TE = ops.sum(top_TK[:, :, None] * hot_TKE, axis=1)
+        h_ETF = ops.relu(ops.einsum("TD,EDF->ETF", inputs, self.in_EDF))
+        y_ETD = ops.einsum("ETF,EFD->ETD", h_ETF, self.out_EFD)
+        return ops.sum(ops.transpose(weight_TE)[:, :, None] * y_ETD, axis=0)
