@@ -55,6 +55,29 @@ def recomputed(function):
     return run
 
 
+def matmul(x, kernel):
+    """`tf.matmul` of `(..., C, I)` and `(..., I, O)`, for use in `apply`."""
+    if len(x.shape) > 2:
+        return tf.matmul(x, kernel)
+
+    # On a CPU the product of a few rows with a transposed matrix, a third of
+    # the work, takes half as long as a batch of one (64 rows, 512 by 1024).
+    @tf.custom_gradient
+    def product(x_CI, kernel_IO):
+        def gradient(dy_CO):
+            dx_1CI = tf.matmul(
+                tf.expand_dims(dy_CO, 0),
+                tf.expand_dims(kernel_IO, 0),
+                transpose_b=True,
+            )
+            dkernel_IO = tf.matmul(x_CI, dy_CO, transpose_a=True)
+            return tf.squeeze(dx_1CI, 0), dkernel_IO
+
+        return tf.matmul(x_CI, kernel_IO), gradient
+
+    return product(x, kernel)
+
+
 def _by_rows(function, x_SD, kernels, count_E):
     """A call for each expert, over as many rows as it has."""
     num_experts = kernels[0].shape[0]

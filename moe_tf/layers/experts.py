@@ -1,7 +1,6 @@
 """The experts: feed-forward networks of one shape, each with own weights."""
 
 import keras
-import tensorflow as tf
 from keras import ops
 
 from moe_tf import checks
@@ -85,7 +84,8 @@ class Experts(keras.layers.Layer):
         return run(inputs, *kernels)
 
     def _expert(self, x_CD, in_DF, out_FD):
-        return tf.matmul(self.activation(tf.matmul(x_CD, in_DF)), out_FD)
+        h_CF = self.activation(grouped.matmul(x_CD, in_DF))
+        return grouped.matmul(h_CF, out_FD)
 
     def get_config(self):
         return {

@@ -135,7 +135,7 @@ class HierarchicalRouter(router.Router):
         plan = dispatch.plan_dropless(group_TK, groups)
         both_PDQ = ops.concatenate(kernels, axis=-1)
         both_SQ = grouped.apply(
-            ops.matmul, dispatch.dispatch(x_TD, plan), [both_PDQ], plan
+            grouped.matmul, dispatch.dispatch(x_TD, plan), [both_PDQ], plan
         )
         both_TKQ = dispatch.collect(both_SQ, plan)
         if not training:
