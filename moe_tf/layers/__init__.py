@@ -10,6 +10,7 @@ from moe_tf.layers.hierarchical_router import (
     HierarchicalRouter as HierarchicalRouter,
 )
 from moe_tf.layers.moe import SparseMoE as SparseMoE
+from moe_tf.layers.moe import clipped_evaluation as clipped_evaluation
 from moe_tf.layers.noisy_top_k_router import NoisyTopKRouter as NoisyTopKRouter
 from moe_tf.layers.projected_lstm import ProjectedLSTMCell as ProjectedLSTMCell
 from moe_tf.layers.router import Router as Router

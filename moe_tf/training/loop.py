@@ -13,6 +13,7 @@ import numpy as np
 from absl import logging
 
 from moe_tf.board.training import TrainingBoard
+from moe_tf.layers import moe
 from moe_tf.training import callbacks
 from moe_tf.training import checkpoints
 from moe_tf.training import dry_run as dry_runs
@@ -42,9 +43,18 @@ def train(task, config, workdir):
 
 
 def evaluate(task, config, workdir):
-    """Prints the perplexity of the best state on held-out text."""
+    """Prints the perplexity of the best state on held-out text.
+
+    With a capacity factor, once more with experts that drop as in training.
+    """
     prepared, scorer = _open_best(task, config, workdir)
-    _evaluate(task, prepared, scorer, ["validation", "test"])
+    splits = ["validation", "test"]
+    _evaluate(task, prepared, scorer, splits)
+    factor = config.model.capacity_factor
+    if factor is not None:
+        _tell(f"With tokens dropped beyond model.capacity_factor={factor}:")
+        with moe.clipped_evaluation(scorer):
+            _evaluate(task, prepared, scorer, splits)
 
 
 def sample(task, config, workdir):
