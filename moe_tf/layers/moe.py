@@ -236,6 +236,10 @@ class SparseMoE(keras.layers.Layer):
             priority_TK=weight_TK if by_value else None,
         )
 
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        call = super().rematerialized_call(layer_call, *args, **kwargs)
+        return router.not_rematerialized(self, layer_call, call)
+
     def compute_output_shape(self, input_shape):
         return input_shape
 

@@ -158,6 +158,10 @@ class Router(keras.layers.Layer):
         """
         return None
 
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        call = super().rematerialized_call(layer_call, *args, **kwargs)
+        return not_rematerialized(self, layer_call, call)
+
     def get_config(self):
         own = (
             "num_experts",
@@ -192,6 +196,17 @@ class GateRouter(Router):
 
     def logits(self, inputs):
         return ops.matmul(inputs, self.gate_DE)
+
+
+def not_rematerialized(layer, layer_call, call):
+    """`layer_call`, unless Keras has wrapped it for rematerialization."""
+    if call is not layer_call:
+        raise ValueError(
+            f"The layer {layer.name} adds losses, which lose their gradients "
+            "inside `keras.RematScope`. Build it outside, and pass "
+            "`recompute=True` to `SparseMoE` to keep no hidden activations."
+        )
+    return layer_call
 
 
 def router_dtype(dtype):

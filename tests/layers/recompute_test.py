@@ -59,6 +59,40 @@ def test_trains_in_a_model_and_survives_saving(tmp_path):
     np.testing.assert_array_equal(loaded(x_TD), model(x_TD))
 
 
+@pytest.mark.parametrize(
+    "scope",
+    [
+        {"mode": "full"},
+        {"mode": "larger_than", "output_size_threshold": 1},
+        {"mode": "list_of_layers", "layer_names": ["moe"]},
+    ],
+)
+def test_keras_remat_scope_is_refused(scope):
+    # Its losses print, and have no gradient.
+    with keras.RematScope(**scope):
+        layer = moe.SparseMoE(4, 8, 2, name="moe")
+        with pytest.raises(ValueError, match="moe adds losses.*`recompute"):
+            layer(np.ones((3, 5)))
+
+
+@pytest.mark.parametrize(
+    "scope",
+    [
+        {"mode": "activations"},
+        {"mode": "list_of_layers", "layer_names": ["dense"]},
+    ],
+)
+def test_keras_remat_scope_of_other_layers_is_fine(scope):
+    with keras.RematScope(**scope):
+        layer = moe.SparseMoE(4, 8, 2, name="moe")
+        layer.build((None, 5))
+        with tf.GradientTape() as tape:
+            layer(np.ones((9, 5), "float32"), training=True)
+            loss = sum(layer.losses)
+        gradient = tape.gradient(loss, layer.router.noise_DE.value)
+    assert np.abs(gradient).max() > 0
+
+
 # Four layers, each with 96 MiB of hidden activations.
 MEASURE = """
 import pathlib, re, sys
