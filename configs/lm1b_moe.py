@@ -55,6 +55,8 @@ def get_config(arg="MoE-256"):
     config.train = {
         # 10 epochs are 27,000 steps.
         "steps": 2 if tiny else 27_000,
+        # "factored_adam" for the larger models.
+        "optimizer": "adam",
         # Unknown in the paper.
         "learning_rate": 1e-3,
         "warmup_steps": 1 if tiny else 1000,

@@ -65,7 +65,9 @@ def get_config(arg="MoE-32"):
     config.model.num_sampled = 32 if tiny else 1024
     config.train = {
         "steps": 2 if tiny else 2500,
-        # Adam's rate: up to here in `warmup_steps`, then ~ 1 / sqrt(step).
+        # "adam", or "factored_adam": state of under 1 % of an expert's bytes.
+        "optimizer": "adam",
+        # Its rate: up to here in `warmup_steps`, then ~ 1 / sqrt(step).
         "learning_rate": 4e-3,
         "warmup_steps": 1 if tiny else 200,
         # Largest norm of the whole gradient; None: not clipped.

@@ -45,13 +45,14 @@ def on_gpu(row, setting):
 
 def _grown(row, setting):
     keras.utils.set_random_seed(0)
-    before = _high_water()
+    before = high_water()
     step = ways.train_step(row, setting)
     timing.wait(step())
     timing.wait(step())
-    return _high_water() - before
+    return high_water() - before
 
 
-def _high_water():
+def high_water():
+    """The most bytes that this process has had in memory. Linux only."""
     (kibibytes,) = re.findall(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())
     return 1024 * int(kibibytes)

@@ -288,6 +288,47 @@ def vocabulary_parameters(variant, vocabulary_size):
     return 2 * vocabulary_size * variant.width
 
 
+def kernel_shapes(variant, vocabulary_size):
+    """Shapes of all kernels, embedding and softmax included."""
+    table = (vocabulary_size, variant.width)
+    shapes = [table, table]
+    for layer in variant.layers:
+        shapes += _layer_shapes(layer, variant.width)
+    return shapes
+
+
+@functools.singledispatch
+def _layer_shapes(layer, width):
+    raise TypeError(f"No shapes for the layer {layer}")
+
+
+@_layer_shapes.register
+def _(layer: Lstm, width):
+    output = width if layer.projected else layer.units
+    shapes = [(width, 4 * layer.units), (output, 4 * layer.units)]
+    return shapes + [(layer.units, output)] * layer.projected
+
+
+@_layer_shapes.register
+def _(layer: FeedForward, width):
+    sizes = (width, *layer.hidden_units, width)
+    return list(zip(sizes, sizes[1:], strict=False))
+
+
+@_layer_shapes.register
+def _(layer: Experts, width):
+    if layer.branching is None:
+        gates = [(width, layer.num_experts)]
+    else:
+        groups, group_size = layer.branching
+        gates = [(width, groups), (groups, width, group_size)]
+    return [
+        *gates * 2,  # `W_g` and `W_noise`
+        (layer.num_experts, width, layer.hidden_units),
+        (layer.num_experts, layer.hidden_units, width),
+    ]
+
+
 @functools.singledispatch
 def _count_layer(layer, width):
     raise TypeError(f"No counting rule for the layer {layer}")

@@ -1,10 +1,19 @@
 """What a run will hold and cost, told before anything is allocated."""
 
+import math
+
 from moe_tf import dispatch
 from moe_tf.data import batching
 from moe_tf.models import language_model_variants as variants
 
 _FLOAT_BYTES = 4  # weights and slots are float32 under every dtype policy
+
+# Numbers that an optimizer keeps for a kernel.
+_STATE_OF_KERNEL = {
+    "adam": lambda shape: 2 * math.prod(shape),
+    # The means along rows and columns of each matrix.
+    "factored_adam": lambda shape: math.prod(shape[:-2]) * sum(shape[-2:]),
+}
 
 
 def describe(task, config):
@@ -16,6 +25,12 @@ def describe(task, config):
     )
     total = counts.parameters + vocabulary
     weights = total * _FLOAT_BYTES
+    state = _FLOAT_BYTES * sum(
+        _STATE_OF_KERNEL[config.train.optimizer](shape)
+        for shape in variants.kernel_shapes(
+            variant, config.data.vocabulary_size
+        )
+    )
     lengths = batching.bucket_lengths(config.data.max_words)
     rows = [
         (f"{variant.name}, width {variant.width}", ""),
@@ -24,7 +39,7 @@ def describe(task, config):
         ("operations per word (multiply-adds)", f"{counts.ops_per_timestep:,}"),
         ("weights", _bytes(weights)),
         ("  their gradients", _bytes(weights)),
-        ("  Adam's two moments", _bytes(2 * weights)),
+        (f"  state of {config.train.optimizer}", _bytes(state)),
         ("words a batch, padding included", f"{config.data.batch_words:,}"),
         ("  padded to one of", ", ".join(map(str, lengths))),
     ]

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from moe_tf import checks
 from moe_tf import decoding
+from moe_tf import optimizers
 from moe_tf import schedules
 from moe_tf.data import batching
 from moe_tf.data import preparation
@@ -16,6 +17,11 @@ from moe_tf.layers import moe
 from moe_tf.models import language_model_variants as variants
 from moe_tf.models.language_model import LanguageModel
 from moe_tf.models.next_word_scorer import NextWordScorer
+
+OPTIMIZERS = {
+    "adam": keras.optimizers.Adam,
+    "factored_adam": optimizers.FactoredAdam,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +83,7 @@ class LanguageModelTask:
             )
         )
         scorer.build()
-        optimizer = keras.optimizers.Adam(
+        optimizer = OPTIMIZERS[train.optimizer](
             schedules.WarmupInverseSqrt(
                 train.learning_rate, train.warmup_steps
             ),
@@ -167,6 +173,11 @@ def _check_fields(config):
             "`dtype_policy` must be one of Keras's, such as float32 or "
             f"mixed_bfloat16. Received: dtype_policy={config.dtype_policy}"
         ) from error
+    if config.train.optimizer not in OPTIMIZERS:
+        raise ValueError(
+            f"`train.optimizer` must be one of {', '.join(OPTIMIZERS)}. "
+            f"Received: train.optimizer={config.train.optimizer}"
+        )
     for field in _COUNTS:
         checks.at_least(field, value_of(field), 1)
     for field in _COUNTS_FROM_ZERO:

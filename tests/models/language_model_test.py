@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from moe_tf.layers import BatchwiseRouter
 from moe_tf.models import language_model_variants as variants
 from moe_tf.models.language_model import LanguageModel
 from tests.reference.lstm import lstm
@@ -19,6 +21,7 @@ NAMES = [
     "MoE-1-Deep",
     "MoE-4",
     "MoE-32",
+    "MoE-4x3-h",
 ]
 VOCABULARY_SIZE = 19
 
@@ -49,17 +52,22 @@ def text(*shape):
     "name,width",
     [
         (name, width)
-        for name in [*NAMES, "MoE-256"]
+        for name in [*NAMES, "MoE-256", "MoE-256-h", "MoE-34M", "MoE-143M"]
         for width in (16, None)
-        # Its orthogonal start alone takes half a minute.
-        if (name, width) != ("2xLSTM-8192-1024", None)
+        # Their orthogonal start alone takes half a minute, or the weights
+        # more memory than a test should.
+        if width or name not in ("2xLSTM-8192-1024", "MoE-34M", "MoE-143M")
     ],
 )
 def test_weights_are_as_many_as_counted(name, width):
     model = make(name, width=width)
-    got = sum(np.prod(w.shape) for w in model.trainable_weights)
+    shapes = [tuple(w.shape) for w in model.trainable_weights]
     vocabulary = variants.vocabulary_parameters(model.variant, VOCABULARY_SIZE)
-    assert got - vocabulary == variants.count(model.variant).parameters
+    want = variants.count(model.variant).parameters
+    assert sum(map(math.prod, shapes)) - vocabulary == want
+    assert sorted(shapes) == sorted(
+        variants.kernel_shapes(model.variant, VOCABULARY_SIZE)
+    )
 
 
 def test_weights_have_stable_names_and_no_biases():
@@ -165,6 +173,10 @@ def test_balancing_losses_and_settings_reach_the_experts():
     assert float(sum(none.losses, 0.0)) == 0
     moe = make("MoE-32", k=3, capacity_factor=1.5).get_layer("moe")
     assert moe.k == 3 and moe.capacity_factor == 1.5
+    moe = make("MoE-4x3-h", recompute=True).get_layer("moe")
+    assert moe.router.branching == (4, 3) and moe.experts.recompute
+    moe = make("MoE-32", gating="batchwise").get_layer("moe")
+    assert isinstance(moe.router, BatchwiseRouter)
 
 
 # Randomness, precision, saving.

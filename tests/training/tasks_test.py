@@ -3,6 +3,9 @@ import numpy as np
 import pytest
 
 from configs import lm_demo
+from moe_tf import optimizers
+from moe_tf.training import dry_run
+from moe_tf.training import loop
 from moe_tf.training import tasks
 
 
@@ -22,6 +25,73 @@ def test_the_optimizer_is_what_the_config_says(prepared, clip_norm):
     scorer.optimizer.iterations.assign(2)
     rate = float(scorer.optimizer.learning_rate)
     assert rate == pytest.approx(config.train.learning_rate / 2)
+
+
+@pytest.mark.parametrize(
+    "name,kind",
+    [
+        ("adam", keras.optimizers.Adam),
+        ("factored_adam", optimizers.FactoredAdam),
+    ],
+)
+def test_the_dry_run_counts_the_optimizers_state(prepared, name, kind):
+    config = lm_demo.get_config("tiny")
+    config.train.optimizer = name
+    task = tasks.LanguageModelTask(config)
+    optimizer = task.build(prepared).optimizer
+    assert type(optimizer) is kind
+    config.data.vocabulary_size = prepared.vocabulary.size
+    told = dry_run.describe(task, config).splitlines()
+    (line,) = [line for line in told if f"state of {name}" in line]
+    # Besides the number of steps and the learning rate.
+    slots = [v for v in optimizer.variables if v.shape]
+    kibibytes = 4 * sum(np.prod(v.shape) for v in slots) / 1024
+    assert line.split()[-2:] == [f"{kibibytes:,.1f}", "KiB"]
+
+
+@pytest.mark.parametrize(
+    "field,value,message",
+    [
+        ("train.optimizer", "sgd", "`train.optimizer` must be.*=sgd"),
+        ("model.gating", "none", "`gating` must be.*=none"),
+        ("model.gating", "switch", "`k` must be 1.*k=3"),
+        ("model.variant", "MoE-2x3-h", "`k` .*k=3"),
+    ],
+)
+def test_wrong_choices_are_refused_before_any_work(field, value, message):
+    config = lm_demo.get_config("tiny")
+    config.model.k = 3
+    group, name = field.split(".")
+    config[group][name] = value
+    with pytest.raises(ValueError, match=message):
+        tasks.LanguageModelTask(config)
+
+
+def test_two_levels_with_drops_train_and_are_evaluated_both_ways(
+    tmp_path, capsys
+):
+    config = lm_demo.get_config("tiny")
+    config.model.update(
+        variant="MoE-4x4-h", capacity_factor=0.5, recompute=True
+    )
+    config.train.optimizer = "factored_adam"
+    task = tasks.LanguageModelTask(config)
+    loop.train(task, config, str(tmp_path))
+    (trained,) = perplexities_told(capsys.readouterr().out, "test")
+    loop.evaluate(task, config, str(tmp_path))
+    told = capsys.readouterr().out
+    assert "beyond model.capacity_factor=0.5" in told
+    dropless, clipped = perplexities_told(told, "test")
+    assert dropless == trained
+    assert clipped != dropless
+
+
+def perplexities_told(text, split):
+    return [
+        float(line.split()[2])
+        for line in text.splitlines()
+        if line.startswith(f"{split} perplexity")
+    ]
 
 
 @pytest.mark.parametrize("num_sampled", [None, 32])

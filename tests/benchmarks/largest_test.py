@@ -1,0 +1,28 @@
+import re
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("flags", [(), ("--capacity_factor=2",)])
+def test_trains_and_tells_what_it_took(flags):
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "moe_tf.benchmarks.largest",
+            *("--num_experts=8", "--width=16", "--hidden=32", "--k=2"),
+            *("--tokens=64", "--steps=5"),
+            *flags,
+        ],
+        capture_output=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr.decode()
+    told = result.stdout.decode()
+    assert told.startswith(f"{8 * 2 * 16 * 32:,} expert parameters, 5 steps")
+    first, last = map(float, re.search(r"loss (\S+) to (\S+),", told).groups())
+    assert last < first
+    assert 0.1 < float(re.search(r"peak (\S+) GiB", told)[1]) < 4
