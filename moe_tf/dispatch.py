@@ -81,7 +81,8 @@ def plan_dropless(expert_TK, num_experts, most=None):
     if not xla.wants_static_shapes():
         return plan_rows(expert_TK, num_experts)
     if most is not None:
-        return plan_capacity(expert_TK, num_experts, most)
+        plan = plan_capacity(expert_TK, num_experts, most)
+        return plan._replace(limit=ops.max(plan.count_E))
     block_size = _size(expert_TK) // (2 * num_experts) + 1
     return plan_blocks(expert_TK, num_experts, block_size)
 

@@ -142,20 +142,32 @@ def batchwise_loss(score_TE, threshold_E, chosen_TE, mask_T=None):
     passes_TE = excess_TE > 0
     if mask_T is not None:
         passes_TE = ops.logical_and(passes_TE, mask_T[:, None])
+        chosen_TE = ops.logical_and(chosen_TE, mask_T[:, None])
     wrong_TE = ops.cast(passes_TE, excess_TE.dtype) - ops.cast(
         chosen_TE, excess_TE.dtype
     )
     return ops.sum(ops.stop_gradient(wrong_TE) * excess_TE)
 
 
-def renormalised(score_TE, chosen_TE):
-    """Scores of the chosen experts divided by their sum, equation 16.
+def renormalised(logits_TE, chosen_TE):
+    """Softmax over the chosen experts alone, equation 16.
 
-    A token without an expert has zeros.
+    A token without an expert has zeros. From logits, since a softmax over
+    all experts may leave nothing to divide by.
     """
-    kept_TE = ops.where(chosen_TE, score_TE, ops.zeros_like(score_TE))
+    lowest = -float("inf")
+    top_T1 = ops.max(
+        ops.where(chosen_TE, logits_TE, lowest),
+        axis=-1,
+        keepdims=True,
+        initial=lowest,  # or Keras refuses a batch without tokens
+    )
+    some_T1 = ops.any(chosen_TE, axis=-1, keepdims=True)
+    top_T1 = ops.stop_gradient(ops.where(some_T1, top_T1, 0))
+    kept_TE = ops.exp(ops.where(chosen_TE, logits_TE - top_T1, 0))
+    kept_TE = ops.where(chosen_TE, kept_TE, 0)
     total_T1 = ops.sum(kept_TE, axis=-1, keepdims=True)
-    return kept_TE / ops.where(total_T1 == 0, ops.ones_like(total_T1), total_T1)
+    return kept_TE / ops.where(some_T1, total_T1, 1)
 
 
 def of_chosen(weight_TE, chosen_TE, most):
@@ -227,7 +239,7 @@ def load_excess(share_TE, load_E, mask_T=None):
     """
     num_experts = share_TE.shape[-1]
     total = ops.maximum(ops.sum(load_E), 1.0)
-    fraction_E = ops.stop_gradient(load_E) / total
+    fraction_E = ops.stop_gradient(load_E / total)
     mean_E = _mean(share_TE, mask_T)
     some = ops.cast(ops.sum(load_E) > 0, mean_E.dtype)
     return num_experts * ops.sum(fraction_E * mean_E) - some

@@ -3,6 +3,7 @@ import pytest
 import tensorflow as tf
 
 from moe_tf import gating
+from tests.reference import batchwise
 from tests.reference import moe as reference
 
 SIZES = [(2, 1), (4, 2), (5, 5), (64, 4)]
@@ -130,3 +131,153 @@ def test_vanishing_noise_gives_counts_and_finite_gradients():
     np.testing.assert_allclose(tf.reduce_sum(chance_TE, axis=-1), 2.0)
     for gradient in tape.gradient(total, [clean_TE, std_TE]):
         assert np.isfinite(gradient).all()
+
+
+def both_ways(function, *arguments):
+    """What a function returns in a graph, without XLA and with it."""
+    arguments = [tf.constant(argument) for argument in arguments]
+    return [
+        tf.nest.map_structure(
+            np.asarray, tf.function(function, jit_compile=jit)(*arguments)
+        )
+        for jit in (False, True)
+    ]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "num_tokens,num_experts,m", [(7, 3, 2), (7, 3, 5), (4, 1, 4), (5, 20, 0)]
+)
+def test_batchwise_mask_matches_the_definition(
+    num_tokens, num_experts, m, masked
+):
+    score_TE = np.round(draw(0, num_tokens, num_experts), 1)  # ties too
+    mask_T = np.arange(num_tokens) != 1 if masked else np.ones(num_tokens, bool)
+    m = min(m, mask_T.sum())
+    want_TE = batchwise.batchwise_mask(score_TE, m, mask_T)
+    most = min(m + 1, num_tokens)  # as if padding had been counted
+
+    def choose(score_TE):
+        return gating.batchwise_mask(score_TE, m, most, mask_T)
+
+    for got_TE in both_ways(choose, score_TE):
+        np.testing.assert_array_equal(got_TE, want_TE)
+    assert (want_TE.sum(0) == m).all()
+
+
+def test_batchwise_mask_takes_nan_first_and_no_masked_token():
+    score_TE = np.array([[0.9], [0.1], [np.nan], [0.5]])
+    mask_T = np.array([False, True, True, True])
+
+    def choose(score_TE):
+        return gating.batchwise_mask(score_TE, 2, 3, mask_T)
+
+    for chosen_TE in both_ways(choose, score_TE):
+        np.testing.assert_array_equal(
+            chosen_TE, [[False], [False], [True], [True]]
+        )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_threshold_loss_is_equation_20_and_never_negative(masked):
+    score_TE = reference_scores(9, 4)
+    threshold_E = np.array([0.0, 0.2, 0.5, 1.0])
+    mask_T = np.arange(9) % 3 > 0 if masked else None
+    chosen_TE = batchwise.batchwise_mask(score_TE, 3, mask_T)
+    got = gating.batchwise_loss(
+        tf.constant(score_TE), tf.constant(threshold_E), chosen_TE, mask_T
+    )
+    want = batchwise.batchwise_loss(score_TE, threshold_E, 3, mask_T)
+    assert float(got) == pytest.approx(want, rel=1e-12) and want > 0
+    # Zero where the two masks agree: thresholds between the third and the
+    # fourth of each column.
+    real_TE = score_TE if mask_T is None else score_TE[mask_T]
+    between_E = np.sort(real_TE, axis=0)[-4:-2].mean(0)
+    agree = gating.batchwise_loss(
+        tf.constant(score_TE), tf.constant(between_E), chosen_TE, mask_T
+    )
+    assert float(agree) == 0.0
+
+
+def reference_scores(num_tokens, num_experts):
+    return batchwise.scores(draw(3, num_tokens, 2), draw(4, 2, num_experts))
+
+
+def test_renormalised_scores_sum_to_1_or_0_with_finite_gradients():
+    score_TE = reference_scores(4, 3)
+    logits_TE = np.log(score_TE)
+    chosen_TE = np.array([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]], bool)
+    got_TE = gating.renormalised(tf.constant(logits_TE), chosen_TE)
+    np.testing.assert_allclose(
+        got_TE, batchwise.renormalised(score_TE, chosen_TE), rtol=1e-12
+    )
+    np.testing.assert_allclose(np.sum(got_TE, axis=1), [1, 0, 1, 1])
+    weight_TE = draw(5, 4, 3)
+    got, want = tf.test.compute_gradient(
+        lambda logits_TE: gating.renormalised(logits_TE, chosen_TE) * weight_TE,
+        [tf.constant(logits_TE)],
+        delta=1e-6,
+    )
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5, atol=1e-8)
+
+
+def test_gates_of_a_dense_table_keep_every_choice_in_order():
+    weight_TE = draw(0, 4, 5)
+    chosen_TE = np.zeros((4, 5), bool)
+    chosen_TE[1] = True
+    chosen_TE[2, [1, 4]] = True
+    for most, row in ((5, 2), (5, 1), (5, 0)):
+        gates = gating.of_chosen(weight_TE, chosen_TE, most)
+        used = np.flatnonzero(chosen_TE[row])
+        want = np.concatenate([used, np.full(most - len(used), 5)])
+        np.testing.assert_array_equal(gates.expert_TK[row], want)
+    np.testing.assert_allclose(dense(gates, 5), weight_TE * chosen_TE)
+
+
+def test_ties_go_to_the_first_expert_with_and_without_xla():
+    for top, expert_TK in both_ways(
+        lambda logits_TE: gating.top_k_and_next(logits_TE, 2),
+        np.array([[1.0, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0]]),
+    ):
+        np.testing.assert_array_equal(expert_TK, [[1, 2], [0, 1]])
+        np.testing.assert_array_equal(top, [[2, 2, 2], [0, 0, 0]])
+
+
+@pytest.mark.parametrize("num_experts,k", [(5, 2), (3, 3), (2, 1)])
+def test_no_finite_logit_is_too_large(num_experts, k):
+    clean_TE = 1e30 * draw(0, 6, num_experts).astype("float32")
+    for gates in both_ways(
+        lambda clean_TE: gating.noisy_top_k(clean_TE, k)[0], clean_TE
+    ):
+        np.testing.assert_allclose(np.sum(gates.weight_TK, -1), 1.0, rtol=1e-6)
+        np.testing.assert_array_equal(
+            gates.expert_TK, np.argsort(-clean_TE, axis=-1)[:, :k]
+        )
+
+
+def test_z_loss_is_the_mean_square_of_the_log_denominator():
+    logits_TE, mask_T = draw(0, 6, 4), np.arange(6) != 2
+    square_T = np.log(np.exp(logits_TE).sum(-1)) ** 2
+    assert float(gating.z_loss(logits_TE)) == pytest.approx(square_T.mean())
+    assert float(gating.z_loss(logits_TE, mask_T)) == pytest.approx(
+        square_T[mask_T].mean()
+    )
+    assert float(gating.z_loss(logits_TE, np.zeros(6, bool))) == 0.0
+    # 1,000 is past what `exp` holds in float32, or in float64.
+    large = float(gating.z_loss(np.full((1, 1), 1000.0, "float32")))
+    assert large == pytest.approx(1e6)
+
+
+@pytest.mark.parametrize("num_experts", [1, 4])
+def test_load_excess_from_balance_to_collapse(num_experts):
+    hot_TE = np.eye(num_experts)[np.arange(4 * num_experts) % num_experts]
+    even_E = np.full(num_experts, 4.0)
+    one_E = 4.0 * num_experts * np.eye(num_experts)[0]
+    all_TE = np.eye(num_experts)[np.zeros(4 * num_experts, int)]
+    assert float(gating.load_excess(hot_TE, even_E)) == pytest.approx(0.0)
+    assert float(gating.load_excess(all_TE, even_E)) == pytest.approx(0.0)
+    assert float(gating.load_excess(hot_TE, one_E)) == pytest.approx(0.0)
+    collapse = float(gating.load_excess(all_TE, one_E))
+    assert collapse == pytest.approx(num_experts - 1)
+    nobody = gating.load_excess(hot_TE, 0 * even_E, np.zeros(len(hot_TE), bool))
+    assert float(nobody) == 0.0

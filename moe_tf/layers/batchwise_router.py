@@ -13,8 +13,10 @@ from moe_tf.layers import router
 class _ByColumn(router.GateRouter):
     """Every expert takes the tokens with the largest gate values."""
 
-    def take(self, score_TE, mask_T):
+    def take(self, logits_TE, mask_T):
         """Equation 18 with `m = ceil(k |X| / n)`, over unmasked tokens."""
+        # By the softmax's logarithm, which does not underflow.
+        score_TE = logits_TE - ops.logsumexp(logits_TE, axis=-1, keepdims=True)
         most = self.tokens_an_expert(ops.shape(score_TE)[0])
         num_chosen = most
         if mask_T is not None:
@@ -102,13 +104,14 @@ class BatchwiseRouter(_ByColumn):
         logits_TE = self.logits(inputs)
         score_TE = gating.softmax(logits_TE)
         if training:
-            chosen_TE = self.take(score_TE, mask)
+            chosen_TE = self.take(logits_TE, mask)
         else:
-            # Not `>`: NaN passes.
-            chosen_TE = ops.logical_not(score_TE <= self.threshold_E)
+            chosen_TE = ops.logical_or(
+                score_TE > self.threshold_E, ops.isnan(score_TE)
+            )
         return self.routing(
             self.gates(
-                gating.renormalised(score_TE, chosen_TE), chosen_TE, mask
+                gating.renormalised(logits_TE, chosen_TE), chosen_TE, mask
             ),
             mask,
             training,
@@ -172,7 +175,7 @@ class ExpertChoiceRouter(_ByColumn):
     def call(self, inputs, mask=None, training=False):
         logits_TE = self.logits(inputs)
         score_TE = gating.softmax(logits_TE)
-        chosen_TE = self.take(score_TE, mask)
+        chosen_TE = self.take(logits_TE, mask)
         return self.routing(
             self.gates(score_TE, chosen_TE, mask),
             mask,

@@ -178,7 +178,8 @@ class SparseMoE(keras.layers.Layer):
                 f"Received: input_shape={input_shape}"
             )
         for layer in (self.router, self.experts):
-            layer.build((None, input_shape[-1]))
+            if not layer.built:  # a router may be shared, or loaded
+                layer.build((None, input_shape[-1]))
         self.built = True
 
     def call(self, inputs, mask=None, training=False):
@@ -329,7 +330,7 @@ def make_router(
                 f"num_experts={gating.num_experts}"
             )
         return gating
-    if gating not in ROUTERS:
+    if not isinstance(gating, str) or gating not in ROUTERS:
         raise ValueError(
             f"`gating` must be one of {', '.join(ROUTERS)}, or a `Router`. "
             f"Received: gating={gating}"

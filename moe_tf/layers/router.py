@@ -138,8 +138,18 @@ class Router(keras.layers.Layer):
         losses.setdefault("load_loss", numerics.cv_squared(load_E))
         losses["importance_loss"] = numerics.cv_squared(importance_E)
         if self.z_loss_weight:
+            if logits_TE is None:
+                raise ValueError(
+                    "`z_loss_weight` is for routers that give `logits_TE` to "
+                    f"`routing`. Received: z_loss_weight={self.z_loss_weight}"
+                )
             losses["z_loss"] = gating.z_loss(logits_TE, mask)
-        losses = {name: losses[name] for name in self.loss_weights}
+        if set(losses) != set(self.loss_weights):
+            raise ValueError(
+                "Each loss needs a weight in `loss_weights`, and each weight "
+                f"a loss. Received: losses {sorted(losses)}, "
+                f"loss_weights={dict(self.loss_weights)}"
+            )
         if training:
             for name, weight in self.loss_weights.items():
                 if weight:
