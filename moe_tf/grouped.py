@@ -5,6 +5,11 @@ from keras import ops
 
 from moe_tf import dispatch
 
+# More experts run in a loop. It takes 1.8 to 2.4 times as long (experts of 64
+# by 128), but a graph of 2048 experts takes 42 s until its first step is done,
+# and one of 1024 15 s.
+_UNROLLED = 2048
+
 
 def apply(function, x_SD, kernels, plan):
     """`function` of each expert's slots and of its own kernels.
@@ -81,6 +86,8 @@ def matmul(x, kernel):
 def _by_rows(function, x_SD, kernels, count_E):
     """A call for each expert, over as many rows as it has."""
     num_experts = kernels[0].shape[0]
+    if num_experts > _UNROLLED:
+        return _by_rows_in_a_loop(function, x_SD, kernels, count_E)
     rest = ops.shape(x_SD)[0] - ops.sum(count_E)  # rows of masked tokens
     *rows, rows_rest = tf.split(
         x_SD, ops.append(count_E, rest), num=num_experts + 1
@@ -91,6 +98,37 @@ def _by_rows(function, x_SD, kernels, count_E):
     ]
     zeros = tf.zeros([ops.shape(rows_rest)[0], parts[0].shape[-1]], x_SD.dtype)
     return tf.concat([*parts, zeros], axis=0)
+
+
+def _by_rows_in_a_loop(function, x_SD, kernels, count_E):
+    """The same in a graph that does not grow with the experts."""
+    num_experts = kernels[0].shape[0]
+    width = function(x_SD[:0], *(kernel[0] for kernel in kernels)).shape[-1]
+
+    def array(matrices, size):
+        return tf.TensorArray(
+            x_SD.dtype, size, infer_shape=False, element_shape=matrices
+        )
+
+    rest = ops.shape(x_SD)[0] - ops.sum(count_E)  # rows of masked tokens
+    sizes = ops.append(count_E, rest)
+    rows = array([None, x_SD.shape[-1]], num_experts + 1).split(x_SD, sizes)
+    matrices = [
+        array(kernel.shape[1:], num_experts).unstack(kernel)
+        for kernel in kernels
+    ]
+
+    def run(e, parts):
+        arguments = [matrix.read(e) for matrix in matrices]
+        return e + 1, parts.write(e, function(rows.read(e), *arguments))
+
+    _, parts = tf.while_loop(
+        lambda e, parts: e < num_experts,
+        run,
+        (0, array([None, width], num_experts + 1)),
+    )
+    zeros = tf.zeros([rest, width], x_SD.dtype)
+    return parts.write(num_experts, zeros).concat()
 
 
 def _by_blocks(function, x_SD, kernels):

@@ -3,6 +3,7 @@ import pytest
 import tensorflow as tf
 
 from moe_tf import dispatch
+from moe_tf import grouped
 from moe_tf.layers import experts
 
 
@@ -77,3 +78,54 @@ def test_work_follows_the_assignments_and_not_the_experts(num_experts):
     plan = dispatch.plan_rows(expert_TK, num_experts)
     layer(dispatch.dispatch(tf.ones((64, 8)), plan), plan=plan)
     assert sum(rows) == 64 * 2
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_very_many_experts_run_in_a_loop(masked, recompute, graph, monkeypatch):
+    layer = experts.Experts(7, 5, recompute=recompute, dtype="float64")
+    layer.build((None, 6))
+    rng = np.random.default_rng(0)
+    x_TD = tf.constant(rng.normal(size=(9, 6)))
+    weight_TK = tf.constant(rng.normal(size=(9, 2)))
+    # Experts 5 and 6 have no tokens.
+    expert_TK = np.stack([rng.permutation(5)[:2] for _ in range(9)])
+    if masked:
+        expert_TK[[2, 8]] = 7
+    expert_TK = tf.constant(expert_TK, "int32")
+    variables = [layer.in_EDF.value, layer.out_EFD.value]
+
+    def step(x_TD):
+        plan = dispatch.plan_rows(expert_TK, 7)
+        with tf.GradientTape() as tape:
+            tape.watch(x_TD)
+            y_SD = layer(dispatch.dispatch(x_TD, plan), plan=plan)
+            y_TD = dispatch.combine(y_SD, weight_TK, plan)
+            loss = tf.reduce_sum(tf.sin(y_TD))
+        gradients = tape.gradient(loss, [x_TD, *variables])
+        return [y_TD, *map(tf.convert_to_tensor, gradients)]
+
+    want = step(x_TD)
+    monkeypatch.setattr(grouped, "_UNROLLED", 6)
+    got = tf.function(step)(x_TD) if graph else step(x_TD)
+    for array, wanted in zip(got, want, strict=True):
+        np.testing.assert_allclose(array, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_a_graph_of_very_many_experts_is_small(monkeypatch):
+    sizes = []
+    for unrolled in (6, 7):
+        monkeypatch.setattr(grouped, "_UNROLLED", unrolled)
+        layer = experts.Experts(7, 5)
+        layer.build((None, 6))
+
+        @tf.function
+        def run(expert_TK, layer=layer):
+            plan = dispatch.plan_rows(expert_TK, 7)
+            return layer(tf.zeros((18, 6)), plan=plan)
+
+        graph = run.get_concrete_function(tf.TensorSpec((9, 2), "int32")).graph
+        kinds = [operation.type for operation in graph.get_operations()]
+        sizes.append(kinds.count("MatMul"))
+    assert sizes == [2, 14]  # the first are of the shape's trial run
