@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from moe_tf.layers import batchwise_router
 from moe_tf.layers import moe
+from tests import finite_differences
 from tests import keras_contract
 from tests.reference import batchwise as reference
 from tests.reference import moe as moe_reference
@@ -149,34 +150,10 @@ def test_gradients_match_finite_differences(
     settings = {"threshold_weight": 1e-15} if name == "batchwise" else {}
     layer = layer_of(name, num_experts, k, importance_weight=0.5, **settings)
     mask_T = np.arange(9) % 4 > 0 if masked else None
-    target_TD = draw(1, 9, 6)
-    x_TD = tf.Variable(draw(0, 9, 6))
-    variables = [x_TD, layer.router.gate_DE.value]
-    variables += [v.value for v in layer.experts.trainable_variables]
-
-    @tf.function(jit_compile=jit_compile)
-    def loss_and_gradients():
-        with tf.GradientTape() as tape:
-            y_TD = layer(x_TD, mask=mask_T, training=True)
-            loss = tf.reduce_sum(tf.square(y_TD - target_TD))
-            loss += sum(layer.losses)
-        gradients = tape.gradient(loss, variables)
-        return loss, [tf.convert_to_tensor(g) for g in gradients]
-
-    _, got = loss_and_gradients()
-    rng, step = np.random.default_rng(2), 1e-6
-    for variable, gradient in zip(variables, got, strict=True):
-        along = rng.normal(size=variable.shape)
-        here = variable.numpy()
-        ends = []
-        for sign in (1, -1):
-            variable.assign(here + sign * step * along)
-            ends.append(float(loss_and_gradients()[0]))
-        variable.assign(here)
-        want = (ends[0] - ends[1]) / (2 * step)
-        slope = float(tf.reduce_sum(gradient * along))
-        assert slope == pytest.approx(want, rel=1e-5, abs=1e-6)
-        assert np.any(gradient)
+    gradients = finite_differences.check(
+        layer, draw(0, 9, 6), mask_T, jit_compile, leave_out=["thresholds"]
+    )
+    assert all(map(np.any, gradients))
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])

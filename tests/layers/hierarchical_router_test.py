@@ -5,6 +5,7 @@ import tensorflow as tf
 
 from moe_tf.layers import hierarchical_router
 from moe_tf.layers import moe
+from tests import finite_differences
 from tests import keras_contract
 from tests.reference import hierarchical as reference
 from tests.reference import moe as flat_reference
@@ -123,40 +124,8 @@ def test_expected_load_is_near_the_number_of_tokens():
 def test_gradients_match_finite_differences(branching, k, masked, jit_compile):
     # Through both gates: the task's loss and both balancing losses together.
     layer = layer_with_weights(branching, k)
-    state = np.asarray(layer.router.seed_generator.state)
     mask_T = np.arange(8) % 3 > 0 if masked else None
-    target_TD = tokens(8, 6, seed=1)
-    x_TD = tf.Variable(tokens(8, 6))
-    variables = [x_TD, *(v.value for v in layer.trainable_variables)]
-
-    @tf.function(jit_compile=jit_compile)
-    def loss_and_gradients():
-        with tf.GradientTape() as tape:
-            y_TD = layer(x_TD, mask=mask_T, training=True)
-            loss = tf.reduce_sum(tf.square(y_TD - target_TD))
-            loss += sum(layer.losses)
-        gradients = tape.gradient(loss, variables)
-        return loss, [tf.convert_to_tensor(g) for g in gradients]
-
-    def evaluate():
-        layer.router.seed_generator.state.assign(state)
-        return loss_and_gradients()
-
-    _, got = evaluate()
-    rng = np.random.default_rng(2)
-    step = 1e-6
-    for variable, gradient in zip(variables, got, strict=True):
-        for _ in range(3):  # derivatives along random directions
-            along = rng.normal(size=variable.shape)
-            here = variable.numpy()
-            ends = []
-            for sign in (1, -1):
-                variable.assign(here + sign * step * along)
-                ends.append(float(evaluate()[0]))
-            variable.assign(here)
-            want = (ends[0] - ends[1]) / (2 * step)
-            slope = float(tf.reduce_sum(gradient * along))
-            assert slope == pytest.approx(want, rel=1e-5, abs=1e-6)
+    finite_differences.check(layer, tokens(8, 6), mask_T, jit_compile)
 
 
 def test_the_load_loss_alone_moves_both_gates():

@@ -5,6 +5,7 @@ import tensorflow as tf
 from keras import ops
 
 from moe_tf.layers import moe
+from tests import finite_differences
 from tests import keras_contract
 from tests.reference import moe as reference
 
@@ -121,47 +122,14 @@ def test_matches_the_numpy_oracle(num_experts, k, training):
 def test_gradients_match_finite_differences(
     num_experts, k, masked, capacity_factor, jit_compile
 ):
-    # Task loss and both balancing losses together, so that a loss without a
-    # gradient to the gate would show.
     layer = layer_with_weights(num_experts, k, capacity_factor=capacity_factor)
-    state = np.asarray(layer.router.seed_generator.state)
     mask_T = np.arange(8) % 3 > 0 if masked else None
-    target_TD = tokens(8, 6, seed=1)
-    variables = [v.value for v in layer.trainable_variables]
-
-    x_TD = tf.Variable(tokens(8, 6))
-
-    @tf.function(jit_compile=jit_compile)
-    def loss_and_gradients():
-        with tf.GradientTape() as tape:
-            y_TD = layer(x_TD, mask=mask_T, training=True)
-            loss = tf.reduce_sum(tf.square(y_TD - target_TD))
-            loss += sum(layer.losses)
-        gradients = tape.gradient(loss, [x_TD, *variables])
-        return loss, [tf.convert_to_tensor(g) for g in gradients]
-
-    def evaluate():
-        layer.router.seed_generator.state.assign(state)
-        return loss_and_gradients()
-
-    _, got = evaluate()
+    gradients = finite_differences.check(
+        layer, tokens(8, 6), mask_T, jit_compile
+    )
     assert (np.sum(layer.balance.dropped_E) > 0) == bool(capacity_factor)
-    rng = np.random.default_rng(2)
-    step = 1e-6
-    for variable, gradient in zip([x_TD, *variables], got, strict=True):
-        for _ in range(3):  # derivatives along random directions
-            along = rng.normal(size=variable.shape)
-            here = variable.numpy()
-            ends = []
-            for sign in (1, -1):
-                variable.assign(here + sign * step * along)
-                ends.append(float(evaluate()[0]))
-            variable.assign(here)
-            want = (ends[0] - ends[1]) / (2 * step)
-            slope = float(tf.reduce_sum(gradient * along))
-            assert slope == pytest.approx(want, rel=1e-5, abs=1e-6)
     if masked:
-        np.testing.assert_array_equal(got[0].numpy()[~mask_T], 0.0)
+        np.testing.assert_array_equal(gradients[0].numpy()[~mask_T], 0.0)
 
 
 def test_balancing_losses_alone_move_the_gate():
