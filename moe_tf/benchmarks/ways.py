@@ -1,6 +1,7 @@
 """The layers that the benchmark compares, one name each."""
 
 import dataclasses
+import math
 
 import keras
 import tensorflow as tf
@@ -10,8 +11,8 @@ from moe_tf import checks
 from moe_tf import layers
 from moe_tf.benchmarks import steps
 
-_CAPACITY = "capacity:"
-NAMES = ("dense", "all_experts", "grouped", f"{_CAPACITY}FACTOR")
+_PLAIN = ("dense", "all_experts", "grouped")
+NAMES = (*_PLAIN, "capacity:FACTOR", "groups:NUMBER")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,40 +56,55 @@ def rows(names, nums_experts):
     ]
 
 
-def capacity_factor(way):
-    """The factor in `capacity:1.25`; `None` for a way without one.
+def parse(way):
+    """`("capacity", 1.25)` for `capacity:1.25`; `None` where nothing follows.
 
     Raises:
-        ValueError: if there is no such way, or no such factor.
+        ValueError: if there is no such way, or no such number.
     """
-    if way in NAMES[:-1]:
-        return None
+    name, _, number = way.partition(":")
+    if way in _PLAIN:
+        return way, None
     try:
-        factor = float(way.removeprefix(_CAPACITY))
-    except ValueError:
-        factor = None
-    if not way.startswith(_CAPACITY) or factor is None:
-        raise ValueError(f"`ways` are {', '.join(NAMES)}. Received: {way}")
-    checks.positive("capacity_factor", factor)
-    return factor
+        value = {"capacity": float, "groups": int}[name](number)
+    except (KeyError, ValueError):
+        raise ValueError(
+            f"`ways` are {', '.join(NAMES)}. Received: {way}"
+        ) from None
+    if name == "capacity":
+        checks.positive("capacity_factor", value)
+    else:
+        checks.at_least("groups", value, 1)
+    return name, value
 
 
 def layer(row, setting):
     """The layer of a row, not built yet.
 
+    `groups` has two levels, with the root of `k` experts at each.
+
     Raises:
         ValueError: if the row's way or number of experts cannot be.
     """
-    factor = capacity_factor(row.way)
-    kwargs = {"dtype": setting.dtype_policy}
-    if row.way == "dense":
+    name, value = parse(row.way)
+    kwargs = {"k": setting.k, "dtype": setting.dtype_policy}
+    if name == "dense":
+        del kwargs["k"]
         return layers.FeedForward((setting.hidden,), **kwargs)
-    kwargs["k"] = setting.k
-    if row.way == "all_experts":
+    if name == "all_experts":
         return AllExperts(row.num_experts, setting.hidden, **kwargs)
-    return layers.SparseMoE(
-        row.num_experts, setting.hidden, capacity_factor=factor, **kwargs
-    )
+    if name == "capacity":
+        kwargs["capacity_factor"] = value
+    if name == "groups":
+        kwargs["k"] = math.isqrt(setting.k)
+        if kwargs["k"] ** 2 != setting.k or row.num_experts % value:
+            raise ValueError(
+                "`groups` must divide the number of experts, and `k` be a "
+                f"square. Received: groups={value}, "
+                f"num_experts={row.num_experts}, k={setting.k}"
+            )
+        kwargs["branching"] = (value, row.num_experts // value)
+    return layers.SparseMoE(row.num_experts, setting.hidden, **kwargs)
 
 
 def train_step(row, setting):

@@ -45,10 +45,23 @@ def test_capacity_reaches_the_layer():
     assert ways.layer(ways.Row("grouped", 5), SETTING).capacity_factor is None
 
 
+def test_groups_have_the_root_of_k_at_each_level():
+    setting = ways.Setting(tokens=20, width=6, hidden=10, k=4)
+    layer = ways.layer(ways.Row("groups:3", 12), setting)
+    assert (layer.router.branching, layer.k) == ((3, 4), 2)
+    for groups, k in ((5, 4), (3, 2)):
+        setting = ways.Setting(tokens=20, width=6, hidden=10, k=k)
+        with pytest.raises(ValueError, match=f"groups={groups},.*k={k}"):
+            ways.layer(ways.Row(f"groups:{groups}", 12), setting)
+
+
 @pytest.mark.parametrize(
     "way,message",
     [
         ("sparse", "`ways` are dense, all_experts, grouped, capacity:FACTOR"),
+        ("grouped:2", "`ways` are"),
+        ("groups:2.5", "`ways` are"),
+        ("groups:0", "`groups` must be .* at least 1"),
         ("1.25", "`ways` are"),
         ("capacity:", "`ways` are"),
         ("capacity:much", "Received: capacity:much"),
@@ -58,7 +71,7 @@ def test_capacity_reaches_the_layer():
 )
 def test_an_unknown_way_is_refused(way, message):
     with pytest.raises(ValueError, match=message):
-        ways.capacity_factor(way)
+        ways.parse(way)
 
 
 def test_memory_of_all_experts_follows_the_compute_dtype():
