@@ -46,8 +46,7 @@ def get_config(arg="MoE-32"):
         # Experts a word, at each level; None: the variant's 4, or 2 and 2.
         "k": config_dict.placeholder(int),
         "dropout": 0.1,
-        # "noisy_top_k", "softmax_top_k", "switch", "batchwise" or
-        # "expert_choice" (this one looks ahead: no language model).
+        # "noisy_top_k", "softmax_top_k", "switch" or "batchwise".
         "gating": "noisy_top_k",
         # Weights of the balancing losses; None: the router's own, 0.1 and
         # 0.1 for noisy_top_k.

@@ -148,9 +148,11 @@ def capacity(num_assignments, num_experts, capacity_factor):
 
     `A` is the number of assignments that `T` tokens make, `k * T`.
 
-    In whole numbers, of the factor as it is written: 1.1 * 100 / 10 is 11.
+    In whole numbers, of the factor as it is written to six digits: 1.1 *
+    100 / 10 is 11.
     """
-    factor = fractions.Fraction(str(capacity_factor))
+    # More digits, of 4 / 3 say, would overflow the products below.
+    factor = fractions.Fraction(str(capacity_factor)).limit_denominator(10**6)
     parts = factor.denominator * num_experts
     if isinstance(num_assignments, int):
         return -(-num_assignments * factor.numerator // parts)

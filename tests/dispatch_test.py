@@ -152,7 +152,16 @@ def test_gradients_scatter_no_activation():
 @pytest.mark.parametrize("static", [True, False])
 @pytest.mark.parametrize(
     "num_assignments,num_experts,factor,want",
-    [(100, 10, 1.1, 11), (7, 4, 1.0, 2), (16, 4, 1.25, 5), (3, 8, 0.1, 1)],
+    [
+        (100, 10, 1.1, 11),
+        (7, 4, 1.0, 2),
+        (16, 4, 1.25, 5),
+        (3, 8, 0.1, 1),
+        (700, 8, 4 / 3, 117),
+        (2**30, 1024, 4 / 3, 1398102),  # in int64 all the way
+        (600, 2, 1 / 3, 100),
+        (100, 10, np.float64(1.1), 11),
+    ],
 )
 def test_capacity_is_the_ceiling_of_the_factor_as_written(
     static, num_assignments, num_experts, factor, want

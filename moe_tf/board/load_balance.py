@@ -122,9 +122,11 @@ class LoadBalanceBoard(keras.callbacks.Callback):
 
     def balances(self):
         """The `ExpertBalance` of each layer that has one."""
+        # Keras lists those of nested models more than once.
+        unique = {id(metric): metric for metric in self.model.metrics}
         return [
             metric
-            for metric in self.model.metrics
+            for metric in unique.values()
             if isinstance(metric, metrics.ExpertBalance)
         ]
 

@@ -13,6 +13,14 @@ from moe_tf.layers import router
 class _ByColumn(router.GateRouter):
     """Every expert takes the tokens with the largest gate values."""
 
+    def __init__(self, *args, load_weight=None, **kwargs):
+        if load_weight is not None:
+            raise ValueError(
+                "`load_weight` has no meaning where every expert gets the "
+                f"same load; leave it out. Received: load_weight={load_weight}"
+            )
+        super().__init__(*args, **kwargs)
+
     def take(self, logits_TE, mask_T):
         """Equation 18 with `m = ceil(k |X| / n)`, over unmasked tokens."""
         # By the softmax's logarithm, which does not underflow.
@@ -54,6 +62,10 @@ class BatchwiseRouter(_ByColumn):
     its gradient counts tokens, so an optimizer that scales gradients (Adam)
     is expected, or a `threshold_weight` that suits the batch. The paper says
     neither the weight nor the start.
+
+    Outside training the number of a token's experts is not bounded, and XLA
+    reserves slots for every token at every expert. Evaluate without
+    `jit_compile`, or bound them by `SparseMoE(eval_capacity_factor=...)`.
 
     A token that holds NaN or infinity goes to every expert, gets NaN for its
     gates and makes the losses of its batch NaN.

@@ -53,6 +53,11 @@ class HierarchicalRouter(router.Router):
         seed=None,
         **kwargs,
     ):
+        if "z_loss_weight" in kwargs:
+            raise ValueError(
+                "`z_loss_weight` is for routers of one level; leave it out. "
+                f"Received: z_loss_weight={kwargs['z_loss_weight']}"
+            )
         groups, group_size = pair(branching)
         super().__init__(
             groups * group_size, k, importance_weight, load_weight, **kwargs

@@ -80,7 +80,9 @@ class SparseMoE(keras.layers.Layer):
             `"position"`.
         recompute: bool, whether the experts' hidden activations are computed
             again in the backward pass instead of being kept (appendix D).
-            Defaults to `False`.
+            Defaults to `False`. Use it instead of Keras's rematerialization:
+            `keras.RematScope`, which is refused, and `keras.remat` lose the
+            gradients of the losses.
         seed: optional int for the gate's noise, where it has any.
 
     Call arguments:
@@ -178,7 +180,7 @@ class SparseMoE(keras.layers.Layer):
                 f"Received: input_shape={input_shape}"
             )
         for layer in (self.router, self.experts):
-            if not layer.built:  # a router may be shared, or loaded
+            if not layer.built:  # a router that was given may be
                 layer.build((None, input_shape[-1]))
         self.built = True
 
@@ -283,7 +285,8 @@ def clipped_evaluation(model):
     Layers without a `capacity_factor` drop nothing here either.
 
     Args:
-        model: `keras.Model` with `SparseMoE` layers at any depth.
+        model: the `keras.Model` that is evaluated, with `SparseMoE` layers at
+            any depth.
     """
     layers = [
         layer
@@ -329,6 +332,12 @@ def make_router(
                 f"num_experts={num_experts}, the router's "
                 f"num_experts={gating.num_experts}"
             )
+        if gating.is_taken:
+            raise ValueError(
+                "Each layer needs a router of its own: a file could not hold "
+                f"one of two layers. Received again: gating={gating}"
+            )
+        gating.is_taken = True
         return gating
     if not isinstance(gating, str) or gating not in ROUTERS:
         raise ValueError(

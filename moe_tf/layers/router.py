@@ -104,6 +104,7 @@ class Router(keras.layers.Layer):
         }
         if z_loss_weight:
             self.loss_weights["z_loss"] = z_loss_weight
+        self.is_taken = False  # by a `SparseMoE`
         self.supports_masking = True
 
     def build(self, input_shape):

@@ -79,7 +79,9 @@ class LanguageModel(keras.Model):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.variant = variants.variant(variant, width=width, k=k)
+        self.variant = variants.variant(
+            variant, width=width, k=k, gating=gating
+        )
         self.vocabulary_size = vocabulary_size
         self._config = {
             "variant": variant,

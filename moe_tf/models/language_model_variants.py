@@ -47,6 +47,7 @@ class Experts:
             and experts kept in each of them.
         branching: optional `(a, b)`, `a` groups of `b` experts with
             `a * b == num_experts` (appendix B). Defaults to `None`: flat.
+        gating: str, see `SparseMoE`; it decides the gates' parameters.
 
     Raises:
         ValueError: if a number is below 1, `branching` does not split
@@ -57,6 +58,7 @@ class Experts:
     hidden_units: int
     k: int = 4
     branching: tuple[int, int] | None = None
+    gating: str = "noisy_top_k"
 
     def __post_init__(self):
         if self.branching is not None:
@@ -206,7 +208,7 @@ _FLAT = re.compile(r"MoE-([1-9][0-9]*)")
 _TWO_LEVEL = re.compile(r"MoE-([1-9][0-9]*)x([1-9][0-9]*)-h")
 
 
-def variant(name, width=None, k=None):
+def variant(name, width=None, k=None, gating="noisy_top_k"):
     """Looks up a language model of sections 5.1, 5.2, appendices C and D.
 
     Another `width` scales every layer of the family alike, so that variants
@@ -230,13 +232,15 @@ def variant(name, width=None, k=None):
         k: optional int, experts kept per word of `MoE-<n>`; of the two-level
             variants, groups kept per word and experts kept in each. Defaults
             to 4, and to 2 at each level.
+        gating: str, see `SparseMoE`. Defaults to the paper's, with which
+            alone counts are those of its tables.
 
     Returns:
         A `Variant`.
 
     Raises:
-        ValueError: if no variant has this name, or the width or `k` does
-            not fit it.
+        ValueError: if no variant has this name, or the width, `k` or gating
+            does not fit it.
     """
     checks.at_least("width", width, 1, none_is_fine=True)
     family = _look_up(name)
@@ -245,9 +249,25 @@ def variant(name, width=None, k=None):
             "`k` is for the variants with a choice of experts; leave it out "
             f"here. Received: k={k}, name={name}"
         )
+    if family.k is None and gating != "noisy_top_k":
+        raise ValueError(
+            "`gating` is for the variants with a choice of experts; leave it "
+            f"out here. Received: gating={gating}, name={name}"
+        )
+    if gating == "expert_choice":
+        raise ValueError(
+            "`gating` of a language model must not look at later words, as "
+            f"expert_choice does. Received: gating={gating}"
+        )
     width = family.width if width is None else width
     k = family.k if k is None else k
-    return Variant(name, width, family.layers(width, k))
+    layers = (
+        dataclasses.replace(layer, gating=gating)
+        if isinstance(layer, Experts)
+        else layer
+        for layer in family.layers(width, k)
+    )
+    return Variant(name, width, tuple(layers))
 
 
 def _look_up(name):
@@ -322,8 +342,12 @@ def _(layer: Experts, width):
     else:
         groups, group_size = layer.branching
         gates = [(width, groups), (groups, width, group_size)]
+    if layer.gating == "noisy_top_k":
+        gates *= 2  # `W_g` and `W_noise`
+    if layer.gating == "batchwise":
+        gates.append((layer.num_experts,))  # thresholds
     return [
-        *gates * 2,  # `W_g` and `W_noise`
+        *gates,
         (layer.num_experts, width, layer.hidden_units),
         (layer.num_experts, layer.hidden_units, width),
     ]
@@ -356,9 +380,11 @@ def _(layer: Experts, width):
         groups, group_size = layer.branching
         gate_columns += groups
         reached_columns = groups + layer.k * group_size
-    gate_column = 2 * width  # of `W_g` and `W_noise`
+    # Of `W_g` and, if there is noise, `W_noise`.
+    gate_column = (2 if layer.gating == "noisy_top_k" else 1) * width
+    thresholds = layer.num_experts if layer.gating == "batchwise" else 0
     expert = 2 * width * layer.hidden_units
     return Counts(
-        gate_columns * gate_column + layer.num_experts * expert,
+        gate_columns * gate_column + thresholds + layer.num_experts * expert,
         reached_columns * gate_column + layer.experts_per_word * expert,
     )

@@ -52,6 +52,7 @@ def describe(task, config):
 def _expert_rows(layer, config):
     rows_a_batch = layer.experts_per_word * config.data.batch_words
     capacity = config.model.capacity_factor
+    kept = ", not kept" if config.model.recompute else ""
     limit = "none is dropped"
     if capacity is not None:
         slots = dispatch.capacity(rows_a_batch, layer.num_experts, capacity)
@@ -60,7 +61,7 @@ def _expert_rows(layer, config):
         ("words an expert sees in a batch, mean",
          f"{rows_a_batch / layer.num_experts:,.0f}; {limit}"),
         ("experts' hidden activations",
-         _bytes(rows_a_batch * layer.hidden_units * _FLOAT_BYTES)),
+         _bytes(rows_a_batch * layer.hidden_units * _FLOAT_BYTES) + kept),
     ]  # fmt: skip
 
 

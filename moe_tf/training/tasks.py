@@ -52,21 +52,35 @@ class LanguageModelTask:
     def _check_experts(self) -> None:
         """Makes the routers, without weights, so that wrong settings tell."""
         model = self.config.model
-        for layer in self.variant().layers:
-            if isinstance(layer, variants.Experts):
-                moe.make_router(
-                    layer.num_experts,
-                    model.gating,
-                    k=layer.k,
-                    branching=layer.branching,
-                    importance_weight=model.importance_weight,
-                    load_weight=model.load_weight,
+        mixtures = [
+            layer
+            for layer in self.variant().layers
+            if isinstance(layer, variants.Experts)
+        ]
+        for layer in mixtures:
+            moe.make_router(
+                layer.num_experts,
+                layer.gating,
+                k=layer.k,
+                branching=layer.branching,
+                importance_weight=model.importance_weight,
+                load_weight=model.load_weight,
+            )
+        for field in _OF_EXPERTS:
+            if not mixtures and model[field]:
+                raise ValueError(
+                    f"`model.{field}` is for variants with a choice of "
+                    "experts; leave it out here. Received: "
+                    f"model.{field}={model[field]}, "
+                    f"model.variant={model.variant}"
                 )
 
     def variant(self) -> variants.Variant:
         """What the model consists of, without building it."""
         model = self.config.model
-        return variants.variant(model.variant, width=model.width, k=model.k)
+        return variants.variant(
+            model.variant, width=model.width, k=model.k, gating=model.gating
+        )
 
     def prepare(self, workdir: str) -> preparation.Prepared:
         """The corpus, counted, and its vocabulary."""
@@ -139,6 +153,12 @@ class LanguageModelTask:
         return [prepared.vocabulary.sentence(ids) for ids in drawn]
 
 
+_OF_EXPERTS = (
+    "importance_weight",
+    "load_weight",
+    "capacity_factor",
+    "recompute",
+)
 _COUNTS = (
     "data.batch_words",
     "data.max_words",

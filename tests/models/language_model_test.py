@@ -70,6 +70,18 @@ def test_weights_are_as_many_as_counted(name, width):
     )
 
 
+@pytest.mark.parametrize("gating", ["softmax_top_k", "switch", "batchwise"])
+def test_weights_of_other_gates_are_counted(gating):
+    model = make("MoE-4", gating=gating, k=1 if gating == "switch" else 2)
+    shapes = [tuple(w.shape) for w in model.trainable_weights]
+    vocabulary = variants.vocabulary_parameters(model.variant, VOCABULARY_SIZE)
+    want = variants.count(model.variant).parameters
+    assert sum(map(math.prod, shapes)) - vocabulary == want
+    assert sorted(shapes) == sorted(
+        variants.kernel_shapes(model.variant, VOCABULARY_SIZE)
+    )
+
+
 def test_weights_have_stable_names_and_no_biases():
     paths = [w.path for w in make("MoE-4", name="lm").trainable_weights]
     assert paths == [

@@ -210,6 +210,7 @@ def test_is_plain_data():
                 "hidden_units": 1024,
                 "k": 4,
                 "branching": None,
+                "gating": "noisy_top_k",
             },
             {"units": 512, "projected": False},
         ),

@@ -55,6 +55,7 @@ def test_the_dry_run_counts_the_optimizers_state(prepared, name, kind):
         ("train.optimizer", "sgd", "`train.optimizer` must be.*=sgd"),
         ("model.gating", "none", "`gating` must be.*=none"),
         ("model.gating", "switch", "`k` must be 1.*k=3"),
+        ("model.gating", "expert_choice", "later words.*=expert_choice"),
         ("model.variant", "MoE-2x3-h", "`k` .*k=3"),
     ],
 )
@@ -65,6 +66,33 @@ def test_wrong_choices_are_refused_before_any_work(field, value, message):
     config[group][name] = value
     with pytest.raises(ValueError, match=message):
         tasks.LanguageModelTask(config)
+
+
+@pytest.mark.parametrize(
+    "field,value",
+    [
+        ("gating", "switch"),
+        ("importance_weight", 0.1),
+        ("load_weight", 0.1),
+        ("capacity_factor", 1.0),
+        ("recompute", True),
+    ],
+)
+def test_settings_of_experts_are_refused_without_experts(field, value):
+    config = lm_demo.get_config("tiny")
+    config.model.variant = "4xLSTM-512"
+    config.model[field] = value
+    with pytest.raises(ValueError, match=f"{field}.*choice of experts"):
+        tasks.LanguageModelTask(config)
+
+
+def test_the_dry_run_says_what_is_not_kept():
+    config = lm_demo.get_config("tiny")
+    told = []
+    for config.model.recompute in (False, True):
+        task = tasks.LanguageModelTask(config)
+        told.append(", not kept" in dry_run.describe(task, config))
+    assert told == [False, True]
 
 
 def test_two_levels_with_drops_train_and_are_evaluated_both_ways(
