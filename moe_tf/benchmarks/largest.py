@@ -32,6 +32,7 @@ _CAPACITY_FACTOR = flags.DEFINE_float(
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
+    keras.utils.set_random_seed(0)
     layer = layers.SparseMoE(
         _NUM_EXPERTS.value,
         _HIDDEN.value,

@@ -14,7 +14,7 @@ def test_trains_and_tells_what_it_took(flags):
             "-m",
             "moe_tf.benchmarks.largest",
             *("--num_experts=8", "--width=16", "--hidden=32", "--k=2"),
-            *("--tokens=64", "--steps=5"),
+            *("--tokens=64", "--steps=60"),
             *flags,
         ],
         capture_output=True,
@@ -22,7 +22,7 @@ def test_trains_and_tells_what_it_took(flags):
     )
     assert result.returncode == 0, result.stderr.decode()
     told = result.stdout.decode()
-    assert told.startswith(f"{8 * 2 * 16 * 32:,} expert parameters, 5 steps")
+    assert told.startswith(f"{8 * 2 * 16 * 32:,} expert parameters, 60 steps")
     first, last = map(float, re.search(r"loss (\S+) to (\S+),", told).groups())
     assert last < first
     assert 0.1 < float(re.search(r"peak (\S+) GiB", told)[1]) < 4
