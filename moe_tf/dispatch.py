@@ -216,15 +216,11 @@ def collect(y_SD, plan):
     return gather(y_SD)
 
 
-def dropped(plan, expert_TK):
+def dropped(plan):
     """How many assignments found their expert full, int32 `(E,)`."""
-    num_experts = plan.count_E.shape[0]
-    without_TK = plan.slot_TK >= _size(plan.assignment_S)
-    return ops.segment_sum(
-        ops.reshape(ops.cast(without_TK, "int32"), (-1,)),
-        ops.reshape(expert_TK, (-1,)),
-        num_segments=num_experts + 1,
-    )[:num_experts]
+    if isinstance(plan, Capacity):
+        return ops.maximum(plan.count_E - plan.limit, 0)
+    return ops.zeros_like(plan.count_E)
 
 
 def effective_capacity(plan):

@@ -91,7 +91,7 @@ def test_every_kept_assignment_is_computed_once_by_its_expert(
     real_TK = expert_TK < num_experts
     lost = expert_TK[real_TK & ~keep_TK]
     np.testing.assert_array_equal(
-        dispatch.dropped(plan, expert_TK),
+        dispatch.dropped(plan),
         np.bincount(lost, minlength=num_experts)
         if way != "rows"
         else np.zeros(num_experts),

@@ -45,6 +45,11 @@ class _ByColumn(router.GateRouter):
             most = ops.max(number_T, initial=1)
         return gating.of_chosen(weight_TE, chosen_TE, most)
 
+    def get_config(self):
+        config = super().get_config()
+        del config["load_weight"]
+        return config
+
 
 @keras.saving.register_keras_serializable(package="moe_tf")
 class BatchwiseRouter(_ByColumn):
@@ -137,9 +142,10 @@ class BatchwiseRouter(_ByColumn):
         return self.tokens_an_expert(num_tokens) if training else None
 
     def get_config(self):
-        config = super().get_config()
-        del config["load_weight"]
-        return {**config, "threshold_weight": self.threshold_weight}
+        return {
+            **super().get_config(),
+            "threshold_weight": self.threshold_weight,
+        }
 
 
 @keras.saving.register_keras_serializable(package="moe_tf")
@@ -197,8 +203,3 @@ class ExpertChoiceRouter(_ByColumn):
 
     def most_tokens(self, num_tokens, training):
         return self.tokens_an_expert(num_tokens)
-
-    def get_config(self):
-        config = super().get_config()
-        del config["load_weight"]
-        return config

@@ -8,7 +8,6 @@ from keras import ops
 
 from moe_tf import checks
 from moe_tf import dispatch
-from moe_tf import gating as gates
 from moe_tf import metrics
 from moe_tf.layers import batchwise_router
 from moe_tf.layers import experts
@@ -197,10 +196,10 @@ class SparseMoE(keras.layers.Layer):
         routing = self.router(
             ops.cast(x_TD, self.router.dtype), mask=mask_T, training=training
         )
-        weight_TK, expert_TK = routing.gates
         plan = self._plan(routing.gates, mask_T, training)
         y_SD = self.experts(dispatch.dispatch(x_TD, plan), plan=plan)
-        y_TD = dispatch.combine(y_SD, ops.cast(weight_TK, y_SD.dtype), plan)
+        weight_TK = ops.cast(routing.gates.weight_TK, y_SD.dtype)
+        y_TD = dispatch.combine(y_SD, weight_TK, plan)
         numbers = dict(routing.losses)
         if self._has_capacity:
             numbers["effective_capacity_factor"] = dispatch.effective_capacity(
@@ -209,8 +208,8 @@ class SparseMoE(keras.layers.Layer):
         self.balance.update_state(
             routing.importance_E,
             routing.load_E,
-            gates.assigned(routing.gates, self.num_experts),
-            dispatch.dropped(plan, expert_TK),
+            plan.count_E,
+            dispatch.dropped(plan),
             **numbers,
         )
         return ops.reshape(y_TD, shape)

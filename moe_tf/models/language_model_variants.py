@@ -123,12 +123,6 @@ class Counts:
     parameters: int
     ops_per_timestep: int
 
-    def __add__(self, other):
-        return Counts(
-            self.parameters + other.parameters,
-            self.ops_per_timestep + other.ops_per_timestep,
-        )
-
 
 class _Family(NamedTuple):
     """A variant at any width: the paper's settings, and the layers."""
@@ -299,8 +293,17 @@ def count(variant):
     Returns:
         `Counts`.
     """
-    costs = (_count_layer(layer, variant.width) for layer in variant.layers)
-    return functools.reduce(Counts.__add__, costs, Counts(0, 0))
+    width = variant.width
+    return Counts(
+        parameters=sum(
+            math.prod(shape)
+            for layer in variant.layers
+            for shape in _layer_shapes(layer, width)
+        ),
+        ops_per_timestep=sum(
+            _layer_operations(layer, width) for layer in variant.layers
+        ),
+    )
 
 
 def vocabulary_parameters(variant, vocabulary_size):
@@ -353,38 +356,15 @@ def _(layer: Experts, width):
     ]
 
 
-@functools.singledispatch
-def _count_layer(layer, width):
-    raise TypeError(f"No counting rule for the layer {layer}")
-
-
-@_count_layer.register
-def _(layer: Lstm, width):
-    output = width if layer.projected else layer.units
-    weights = (width + output) * 4 * layer.units
-    weights += layer.units * output if layer.projected else 0
-    return Counts(weights, weights)
-
-
-@_count_layer.register
-def _(layer: FeedForward, width):
-    sizes = (width, *layer.hidden_units, width)
-    weights = sum(i * o for i, o in zip(sizes, sizes[1:], strict=False))
-    return Counts(weights, weights)
-
-
-@_count_layer.register
-def _(layer: Experts, width):
-    gate_columns = reached_columns = layer.num_experts
+def _layer_operations(layer, width):
+    """Multiply-adds per word: of what a word reaches, one a weight."""
+    if not isinstance(layer, Experts):
+        return sum(map(math.prod, _layer_shapes(layer, width)))
+    reached_columns = layer.num_experts
     if layer.branching is not None:
         groups, group_size = layer.branching
-        gate_columns += groups
         reached_columns = groups + layer.k * group_size
     # Of `W_g` and, if there is noise, `W_noise`.
     gate_column = (2 if layer.gating == "noisy_top_k" else 1) * width
-    thresholds = layer.num_experts if layer.gating == "batchwise" else 0
     expert = 2 * width * layer.hidden_units
-    return Counts(
-        gate_columns * gate_column + thresholds + layer.num_experts * expert,
-        reached_columns * gate_column + layer.experts_per_word * expert,
-    )
+    return reached_columns * gate_column + layer.experts_per_word * expert
