@@ -111,6 +111,9 @@ def main(argv):
         _TOKENS.value, _WIDTH.value, _HIDDEN.value, _K.value,
         _DTYPE_POLICY.value, _JIT_COMPILE.value,
     )  # fmt: skip
+    rows = ways.rows(_WAYS.value, map(int, _EXPERTS.value))
+    for row in rows:  # wrong settings tell before anything is measured
+        ways.layer(row, setting)
     print(report.machine(setting))
     print(
         f"{setting.tokens} tokens, width {setting.width}, hidden "
@@ -118,7 +121,6 @@ def main(argv):
         f"samples, calls a sample: {_CALLS.value}",
         flush=True,
     )
-    rows = ways.rows(_WAYS.value, map(int, _EXPERTS.value))
     skipped = too_large(rows, setting)
     rows = [row for row in rows if row not in skipped]
     results, ceiling, rate = measure(rows, setting)

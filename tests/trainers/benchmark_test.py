@@ -181,3 +181,10 @@ def test_bad_flags_are_refused_by_name():
     assert len(messages) == len(REFUSED)
     for (flag, want), got in zip(REFUSED.items(), messages, strict=True):
         assert want in got, flag
+
+
+def test_groups_that_do_not_divide_are_refused_before_any_row():
+    result = run(*SMALL, "--k=4", "--experts=64,8", "--ways=groups:16")
+    assert result.returncode != 0
+    assert "groups=16, num_experts=8" in result.stderr
+    assert not result.stdout
