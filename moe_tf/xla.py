@@ -1,4 +1,4 @@
-"""Whether the code being traced will be compiled by XLA."""
+"""What of a graph is compiled by XLA."""
 
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
@@ -13,3 +13,26 @@ def wants_static_shapes():
     """
     graph = tf.compat.v1.get_default_graph()
     return control_flow_util.GraphOrParentsInXlaContext(graph)
+
+
+def compiles_part(jit_compile):
+    """Whether a part of this trace should be a program of its own.
+
+    Args:
+        jit_compile: bool, or `"auto"` for where a GPU runs it.
+    """
+    if tf.executing_eagerly() or wants_static_shapes():
+        return False
+    return on_gpu() if jit_compile == "auto" else jit_compile
+
+
+def compiled(function):
+    """`function` as one XLA program, gradients too, within a graph."""
+    return tf.function(function, jit_compile=True, autograph=False)
+
+
+def on_gpu():
+    """Whether what is traced or run here is placed on a GPU."""
+    if not tf.config.list_logical_devices("GPU"):
+        return False
+    return "CPU" not in tf.constant(0.0).device

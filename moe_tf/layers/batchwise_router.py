@@ -131,7 +131,6 @@ class BatchwiseRouter(_ByColumn):
                 gating.renormalised(logits_TE, chosen_TE), chosen_TE, mask
             ),
             mask,
-            training,
             logits_TE=logits_TE,
             threshold_loss=gating.batchwise_loss(
                 score_TE, self.threshold_E, chosen_TE, mask
@@ -197,7 +196,6 @@ class ExpertChoiceRouter(_ByColumn):
         return self.routing(
             self.gates(score_TE, chosen_TE, mask),
             mask,
-            training,
             logits_TE=logits_TE,
         )
 

@@ -116,7 +116,7 @@ class HierarchicalRouter(router.Router):
         load_E = None  # without noise it is counted
         if training:
             load_E = self._load(primary, chance_TP, chance_TKQ, mask)
-        return self.routing(gates, mask, training, load_E=load_E)
+        return self.routing(gates, mask, load_E=load_E)
 
     def _choose(self, clean, raw):
         """Noisy top-k over the last axis; `raw` is None without noise."""

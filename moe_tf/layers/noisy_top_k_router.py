@@ -81,9 +81,7 @@ class NoisyTopKRouter(router.Router):
             if mask is not None:
                 chance_TE *= ops.cast(mask, chance_TE.dtype)[:, None]
             load_E = ops.sum(chance_TE, axis=0)
-        return self.routing(
-            gates, mask, training, load_E=load_E, logits_TE=clean_TE
-        )
+        return self.routing(gates, mask, load_E=load_E, logits_TE=clean_TE)
 
     def get_config(self):
         return {**super().get_config(), "seed": self.seed}

@@ -33,14 +33,14 @@ class Router(keras.layers.Layer):
 
     `SparseMoE` takes any subclass as its `gating`. A subclass decides in
     `call`, which ends in `return self.routing(...)`: that takes the numbers
-    of the batch and, in training, adds the losses.
+    of the batch and its losses, which `SparseMoE` adds in training.
 
         @keras.saving.register_keras_serializable()
         class SignRouter(Router):
             def call(self, inputs, mask=None, training=False):
                 expert_TK = ops.cast(inputs[:, :1] > 0, "int32")
                 gates = gating.Gates(ops.ones_like(inputs[:, :1]), expert_TK)
-                return self.routing(gates, mask, training)
+                return self.routing(gates, mask)
 
         SparseMoE(2, 64, gating=SignRouter(2, k=1))
 
@@ -114,18 +114,16 @@ class Router(keras.layers.Layer):
         self,
         gates,
         mask=None,
-        training=False,
         *,
         load_E=None,
         logits_TE=None,
         **losses,
     ):
-        """The `Routing` of some gates; adds the losses when `training`.
+        """The `Routing` of some gates.
 
         Args:
             gates: `gating.Gates`.
             mask: optional bool `(T,)`, as `call` got it.
-            training: bool, as `call` got it.
             load_E: optional float `(E,)`. Defaults to the number of tokens
                 that each expert receives.
             logits_TE: optional float, for the z-loss.
@@ -151,11 +149,15 @@ class Router(keras.layers.Layer):
                 f"a loss. Received: losses {sorted(losses)}, "
                 f"loss_weights={dict(self.loss_weights)}"
             )
-        if training:
-            for name, weight in self.loss_weights.items():
-                if weight:
-                    self.add_loss(weight * losses[name])
         return Routing(gates, importance_E, load_E, losses)
+
+    def weighted(self, losses):
+        """The losses of a `Routing` that have a weight, times it: a list."""
+        return [
+            weight * losses[name]
+            for name, weight in self.loss_weights.items()
+            if weight
+        ]
 
     def most_tokens(self, num_tokens, training):
         """The most tokens that any expert gets, where that is known before.
@@ -168,10 +170,6 @@ class Router(keras.layers.Layer):
             An int, or `None`. Under XLA an expert gets no more slots.
         """
         return None
-
-    def rematerialized_call(self, layer_call, *args, **kwargs):
-        call = super().rematerialized_call(layer_call, *args, **kwargs)
-        return not_rematerialized(self, layer_call, call)
 
     def get_config(self):
         own = (
@@ -207,17 +205,6 @@ class GateRouter(Router):
 
     def logits(self, inputs):
         return ops.matmul(inputs, self.gate_DE)
-
-
-def not_rematerialized(layer, layer_call, call):
-    """`layer_call`, unless Keras has wrapped it for rematerialization."""
-    if call is not layer_call:
-        raise ValueError(
-            f"The layer {layer.name} adds losses, which lose their gradients "
-            "inside `keras.RematScope`. Build it outside, and pass "
-            "`recompute=True` to `SparseMoE` to keep no hidden activations."
-        )
-    return layer_call
 
 
 def router_dtype(dtype):

@@ -62,7 +62,6 @@ class SoftmaxTopKRouter(router.GateRouter):
         return self.routing(
             gates,
             mask,
-            training,
             load_E=load_E,
             logits_TE=logits_TE,
             load_loss=gating.load_excess(share_TE, load_E, mask),

@@ -13,7 +13,7 @@ from moe_tf import schedules
 from moe_tf.data import batching
 from moe_tf.data import preparation
 from moe_tf.data import vocabulary as vocabularies
-from moe_tf.layers import moe
+from moe_tf.layers import routers
 from moe_tf.models import language_model_variants as variants
 from moe_tf.models.language_model import LanguageModel
 from moe_tf.models.next_word_scorer import NextWordScorer
@@ -58,7 +58,7 @@ class LanguageModelTask:
             if isinstance(layer, variants.Experts)
         ]
         for layer in mixtures:
-            moe.make_router(
+            routers.make(
                 layer.num_experts,
                 layer.gating,
                 k=layer.k,

@@ -46,7 +46,7 @@ class CosineRouter(router.Router):
         logits_TE = ops.matmul(inputs, ops.transpose(code_ED))
         gates, _ = gating.noisy_top_k(logits_TE, self.k)
         spread = ops.sum(ops.square(ops.sum(self.code_ED, axis=0)))
-        return self.routing(gates, mask, training, spread_loss=spread)
+        return self.routing(gates, mask, spread_loss=spread)
 
     def get_config(self):
         return {**super().get_config(), "spread_weight": self.spread_weight}

@@ -29,7 +29,7 @@ class RouterTest(keras_contract.TestCase):
                 },
                 input_shape=(6, 8),
                 expected_num_trainable_weights=1,
-                expected_num_losses=3,
+                expected_num_losses=0,
                 supports_masking=True,
                 run_training_check=False,
                 run_mixed_precision_check=False,  # float32 by design
