@@ -16,7 +16,7 @@ the products of the row's own graph, 2 a multiply-add, its gate's included.
 On a GPU, where single calls measure their launch:
 
     moe-tf-benchmark --tokens=16384 --width=1024 --hidden=4096 --k=2 \\
-        --experts=8,64 --dtype_policy=mixed_bfloat16 --jit_compile=true \\
+        --experts=8,64 --dtype_policy=bfloat16 --jit_compile=true \\
         --calls=10 --repeats=21 --ceiling=8192 --all_experts_gib=32
 """
 
@@ -30,6 +30,7 @@ from moe_tf.benchmarks import report
 from moe_tf.benchmarks import steps
 from moe_tf.benchmarks import timing
 from moe_tf.benchmarks import ways
+from moe_tf.layers import routers
 
 _EXPERTS = flags.DEFINE_list(
     "experts", ["8", "32", "256"], "Numbers of experts."
@@ -44,7 +45,16 @@ _WIDTH = flags.DEFINE_integer("width", 512, "Width of a token.", 1)
 _HIDDEN = flags.DEFINE_integer("hidden", 1024, "Hidden units an expert.", 1)
 _K = flags.DEFINE_integer("k", 4, "Experts for each token.", 1)
 _DTYPE_POLICY = flags.DEFINE_enum(
-    "dtype_policy", "float32", ["float32", "mixed_bfloat16"], "Of all layers."
+    "dtype_policy",
+    "float32",
+    ["float32", "mixed_bfloat16", "bfloat16"],
+    "Of all layers.",
+)
+_GATING = flags.DEFINE_enum(
+    "gating", "noisy_top_k", list(routers.ROUTERS), "Of `SparseMoE`."
+)
+_ACTIVATION = flags.DEFINE_string(
+    "activation", "relu", "Inside experts and the dense layer."
 )
 _JIT_COMPILE = flags.DEFINE_bool("jit_compile", False, "Compile with XLA.")
 _REPEATS = flags.DEFINE_integer("repeats", 9, "Samples of each layer.", 3)
@@ -87,6 +97,15 @@ def _known(names):
     return _distinct(parsed)  # `capacity:1` and `capacity:1.0` are one way
 
 
+@flags.validator("activation")
+def _activation(name):
+    try:
+        keras.activations.get(name)
+    except ValueError as error:
+        raise flags.ValidationError(str(error)) from error
+    return True
+
+
 def _distinct(values):
     if not values or len(set(values)) < len(values):
         raise flags.ValidationError("there must be one, and none twice")
@@ -109,7 +128,8 @@ def main(argv):
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
     setting = ways.Setting(
         _TOKENS.value, _WIDTH.value, _HIDDEN.value, _K.value,
-        _DTYPE_POLICY.value, _JIT_COMPILE.value,
+        _DTYPE_POLICY.value, _JIT_COMPILE.value, _GATING.value,
+        _ACTIVATION.value,
     )  # fmt: skip
     rows = ways.rows(_WAYS.value, map(int, _EXPERTS.value))
     for row in rows:  # wrong settings tell before anything is measured
@@ -117,8 +137,9 @@ def main(argv):
     print(report.machine(setting))
     print(
         f"{setting.tokens} tokens, width {setting.width}, hidden "
-        f"{setting.hidden}, k {setting.k}; medians of {_REPEATS.value} "
-        f"samples, calls a sample: {_CALLS.value}",
+        f"{setting.hidden}, k {setting.k}; {setting.gating}, "
+        f"{setting.activation}; medians of {_REPEATS.value} samples, calls a "
+        f"sample: {_CALLS.value}",
         flush=True,
     )
     skipped = too_large(rows, setting)

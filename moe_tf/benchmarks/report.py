@@ -13,7 +13,6 @@ from moe_tf.benchmarks import ways
 _HEADER = ("ms", "ratio", "tokens/s", "GFLOP", "TFLOP/s", "ceiling", "dropped")
 _WIDTHS = (12, 8, 12, 12, 9, 9, 9)
 _MIB = 2**20
-_FLOAT_BYTES = 4  # weights and their gradients, under every dtype policy
 
 
 class Result(typing.NamedTuple):
@@ -118,7 +117,8 @@ def floors(setting, results, bytes_per_second):
     lines = [f"memory: {bytes_per_second / 1e9:.1f} GB/s, reads and writes"]
     numbers = dict.fromkeys(row.num_experts for row in results)
     for number in filter(None, numbers):
-        weights = 2 * number * setting.width * setting.hidden * _FLOAT_BYTES
+        entries = 2 * number * setting.width * setting.hidden
+        weights = entries * setting.weight_bytes
         seconds = 3 * weights / bytes_per_second
         lines.append(
             f"{number} experts: weights' traffic alone, 3 x "

@@ -25,10 +25,18 @@ class Setting:
     k: int
     dtype_policy: str = "float32"
     jit_compile: bool = False
+    gating: str = "noisy_top_k"
+    activation: str = "relu"
 
     @property
     def compute_dtype(self):
         return keras.dtype_policies.get(self.dtype_policy).compute_dtype
+
+    @property
+    def weight_bytes(self):
+        """Bytes of a weight, and of its gradient."""
+        policy = keras.dtype_policies.get(self.dtype_policy)
+        return tf.as_dtype(policy.variable_dtype).size
 
     @property
     def useful_flops(self):
@@ -87,12 +95,16 @@ def layer(row, setting):
         ValueError: if the row's way or number of experts cannot be.
     """
     name, value = parse(row.way)
-    kwargs = {"k": setting.k, "dtype": setting.dtype_policy}
+    kwargs = {
+        "dtype": setting.dtype_policy,
+        "activation": setting.activation,
+    }
     if name == "dense":
-        del kwargs["k"]
         return layers.FeedForward((setting.hidden,), **kwargs)
+    kwargs["k"] = setting.k
     if name == "all_experts":
         return AllExperts(row.num_experts, setting.hidden, **kwargs)
+    kwargs["gating"] = setting.gating
     if name == "capacity":
         kwargs["capacity_factor"] = value
     if name == "groups":
@@ -135,6 +147,7 @@ class AllExperts(keras.layers.Layer):
         num_experts: int, `E`.
         hidden_units: int, `F`.
         k: int, experts that get a weight, `1 <= k <= E`.
+        activation: name or function inside the experts. Defaults to `"relu"`.
 
     Call arguments:
         inputs: float `(T, D)`.
@@ -143,11 +156,14 @@ class AllExperts(keras.layers.Layer):
         float `(T, D)`.
     """
 
-    def __init__(self, num_experts, hidden_units, k, **kwargs):
+    def __init__(
+        self, num_experts, hidden_units, k, activation="relu", **kwargs
+    ):
         super().__init__(**kwargs)
         self.num_experts = num_experts
         self.hidden_units = hidden_units
         self.k = k
+        self.activation = keras.activations.get(activation)
 
     def build(self, input_shape):
         width = input_shape[-1]
@@ -167,6 +183,6 @@ class AllExperts(keras.layers.Layer):
         top_TK /= ops.sum(top_TK, axis=-1, keepdims=True)
         hot_TKE = ops.one_hot(expert_TK, self.num_experts, dtype=top_TK.dtype)
         weight_TE = ops.sum(top_TK[:, :, None] * hot_TKE, axis=1)
-        h_ETF = ops.relu(ops.einsum("TD,EDF->ETF", inputs, self.in_EDF))
+        h_ETF = self.activation(ops.einsum("TD,EDF->ETF", inputs, self.in_EDF))
         y_ETD = ops.einsum("ETF,EFD->ETD", h_ETF, self.out_EFD)
         return ops.sum(ops.transpose(weight_TE)[:, :, None] * y_ETD, axis=0)

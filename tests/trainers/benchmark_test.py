@@ -63,7 +63,9 @@ def test_prints_every_row_and_what_it_costs():
         "--experts=2,4", "--ways=all_experts,grouped,capacity:0.5"
     )
     assert "float32, jit_compile=False" in setting[0]
-    assert setting[1].startswith("32 tokens, width 8, hidden 16, k 2;")
+    assert setting[1].startswith(
+        "32 tokens, width 8, hidden 16, k 2; noisy_top_k, relu; medians"
+    )
     names = ["all_experts", "grouped", "capacity:0.5"]
     assert list(rows) == [
         ("dense", "-"),
@@ -97,10 +99,13 @@ def test_prints_every_row_and_what_it_costs():
 def test_compiled_by_xla_in_bfloat16():
     setting, rows, rest = printed(
         "--experts=2", "--ways=grouped,capacity:1.0", "--jit_compile",
-        "--dtype_policy=mixed_bfloat16", "--calls=2",
+        "--dtype_policy=mixed_bfloat16", "--calls=2", "--activation=silu",
+        "--gating=softmax_top_k",
     )  # fmt: skip
     assert "mixed_bfloat16, jit_compile=True" in setting[0]
-    assert setting[1].endswith("medians of 3 samples, calls a sample: 2")
+    assert setting[1].endswith(
+        "softmax_top_k, silu; medians of 3 samples, calls a sample: 2"
+    )
     assert list(rows) == [
         ("dense", "-"), ("grouped", "2"), ("capacity:1.0", "2"),
     ]  # fmt: skip
@@ -136,6 +141,7 @@ def test_a_number_of_experts_below_k_is_refused():
 
 
 REFUSED = {
+    "--activation=siluu": "activation",
     "--experts=": "there must be one, and none twice",
     "--experts=8,8": "there must be one, and none twice",
     "--experts=8,some": "whole numbers of at least 1",
