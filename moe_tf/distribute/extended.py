@@ -1,0 +1,171 @@
+"""What `tf.distribute` asks a strategy to do, done on a DTensor mesh."""
+
+import contextlib
+import weakref
+
+import keras
+import tensorflow as tf
+from tensorflow.experimental import dtensor
+from tensorflow.python.distribute.experimental import dtensor_strategy_extended
+from tensorflow.python.distribute.experimental import dtensor_util
+
+from moe_tf.distribute import all_reduces
+from moe_tf.distribute import datasets
+from moe_tf.distribute import layout_map as layout_maps
+from moe_tf.distribute import placement
+from moe_tf.distribute import randomness
+from moe_tf.distribute import variables
+
+_DIVIDING = (
+    keras.optimizers.Adafactor,
+    keras.optimizers.Adagrad,
+    keras.optimizers.RMSprop,
+)
+
+
+class ReplicaContext(dtensor_util.DTensorReplicaContext):
+    """One replica: tensors are global, so gradients are summed already."""
+
+    def all_reduce(self, reduce_op, value, options=None):
+        if any(isinstance(o, _DIVIDING) for o in variables.optimizers()):
+            return tf.nest.map_structure(
+                self._whole_rows, value, expand_composites=False
+            )
+        return value
+
+    def _whole_rows(self, gradient):
+        """Sparse gradients on every device, as such optimizers need them.
+
+        They divide the gradient's rows by dense values and keep rows that
+        become NaN, found by `tf.where`, which DTensor cannot lay out.
+        """
+        if not isinstance(gradient, tf.IndexedSlices):
+            return gradient
+        values, indices = (
+            self.strategy.constrain(part, *(None,) * part.shape.rank)
+            for part in (gradient.values, gradient.indices)
+        )
+        return tf.IndexedSlices(values, indices, gradient.dense_shape)
+
+    def _update(self, var, fn, args=(), kwargs=None, group=True):
+        return fn(var, *args, **(kwargs or {}))
+
+
+class MeshExtended(dtensor_strategy_extended.DTensorStrategyExtended):
+    """Runs everything once, on global tensors; lays variables out.
+
+    TensorFlow's own class knows one-dimensional meshes and replicated
+    variables.
+
+    Args:
+        strategy: `MeshStrategy`
+        mesh: `dtensor.Mesh`
+        axes: dict from axis to size.
+        layout_map: the user's `LayoutMap`, asked before the default one.
+    """
+
+    def __init__(self, strategy, mesh, axes, layout_map):
+        super().__init__(strategy, mesh)
+        self._axes = axes
+        self._layout_maps = (layout_map, layout_maps.default(axes))
+        self._reference = None
+        self._weights = []
+
+    def _create_variable(self, next_creator, **kwargs):
+        all_reduces.keep_apart()
+        initial_value, name = kwargs["initial_value"], kwargs.get("name")
+        path = variables.find_path(name, initial_value)
+        kept = ("trainable", "aggregation", "synchronization")
+        kept = {key: kwargs[key] for key in kept if key in kwargs}
+        with tf.init_scope():
+            with placement.host():
+                value = tf.convert_to_tensor(
+                    initial_value()
+                    if callable(initial_value)
+                    else initial_value,
+                    dtype=kwargs.get("dtype"),
+                )
+            rule, spec = self._find_spec(path, tuple(value.shape))
+            layout = placement.layout(self._mesh, spec)
+            if dtensor.is_dtensor(value):
+                value = dtensor.relayout(value, layout)
+            else:
+                value = placement.put(value, layout)
+            variable = variables.MeshVariable(
+                value,
+                name=name,
+                distribute_strategy=self._container_strategy(),
+                **kept,
+            )
+        variable.path, variable.spec, variable.rule = path, spec, rule
+        if not variables.optimizers():
+            self._weights.append(weakref.ref(variable))
+        return variable
+
+    def _find_spec(self, path, shape):
+        """`(rule, spec)` of a new variable."""
+        if variables.optimizers():
+            weights = [ref() for ref in self._weights]
+            spec = variables.slot_spec(
+                path.rpartition("/")[2],
+                shape,
+                self._reference,
+                [weight for weight in weights if weight is not None],
+            )
+            return None, spec
+        for layout_map in self._layout_maps:
+            found = layout_map.match(path)
+            if found is not None:
+                layout_maps.check_divides(path, shape, found[1], self._axes)
+                return found
+        return None, (None,) * len(shape)
+
+    @contextlib.contextmanager
+    def colocate_vars_with(self, colocate_with_variable):
+        # Keras's optimizers say here which weight a new slot belongs to.
+        outer = self._reference
+        self._reference = colocate_with_variable
+        try:
+            yield
+        finally:
+            self._reference = outer
+
+    @property
+    def _num_replicas_in_sync(self):
+        return 1
+
+    def _default_device_scope(self):
+        return None  # Eager code in the scope runs on the host, as ever.
+
+    def call_for_each_replica(self, fn, args=(), kwargs=None):
+        all_reduces.keep_apart()
+        strategy = self._container_strategy()
+        with strategy.scope(), ReplicaContext(strategy):
+            if tf.executing_eagerly():
+                args, kwargs = strategy.put_batch((args, kwargs or {}))
+                with dtensor.default_mesh(self._mesh):
+                    return fn(*args, **kwargs)
+            with randomness.drawn_whole(self._mesh):
+                return fn(*args, **(kwargs or {}))
+
+    def _update(self, var, fn, args, kwargs, group):
+        return fn(var, *args, **(kwargs or {}))
+
+    def _replica_ctx_update(self, var, fn, args, kwargs, group):
+        return fn(var, *args, **(kwargs or {}))
+
+    def _replica_ctx_all_reduce(self, reduce_op, value, options=None):
+        return value
+
+    def _experimental_distribute_dataset(self, dataset, options):
+        return datasets.MeshDataset(dataset, self._container_strategy())
+
+    def _distribute_datasets_from_function(self, dataset_fn, options):
+        context = tf.distribute.InputContext(
+            num_input_pipelines=dtensor.num_clients(),
+            input_pipeline_id=dtensor.client_id(),
+            num_replicas_in_sync=1,
+        )
+        return self._experimental_distribute_dataset(
+            dataset_fn(context), options
+        )

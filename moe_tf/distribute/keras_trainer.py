@@ -1,0 +1,133 @@
+"""What Keras's trainer lacks for a mesh; put in place once, for mesh models.
+
+`fit` takes its steps through a strategy, but four things it does by itself:
+it hands `train_on_batch`'s arrays to the step as they are, takes any
+`OutOfRangeError` for the end of the data, draws a batch to build the model
+from and throws it away, and reads predictions as if one device held them.
+Models of other strategies, or of none, are not touched.
+"""
+
+import contextlib
+import functools
+import itertools
+
+import keras
+import tensorflow as tf
+from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
+from tensorflow.experimental import dtensor
+from tensorflow.python.eager import context
+
+from moe_tf.distribute import datasets
+from moe_tf.distribute import placement
+
+
+def install():
+    """Extends Keras's trainer; the second call does nothing."""
+    if hasattr(TensorFlowTrainer, "_steps_on_mesh"):
+        return
+    TensorFlowTrainer._steps_on_mesh = True
+    for name, extend in (
+        ("_make_function", _placing_batches),
+        ("make_predict_function", _fetching_predictions),
+        ("_maybe_symbolic_build", _building_from_specs),
+    ):
+        method = getattr(TensorFlowTrainer, name)
+        extended = functools.wraps(method)(extend(method))
+        setattr(TensorFlowTrainer, name, extended)
+
+
+def _mesh_strategy(model):
+    strategy = model.distribute_strategy
+    return strategy if hasattr(strategy, "put_batch") else None
+
+
+def _placing_batches(make_function):
+    """Of `_make_function`: steps that tell data from errors."""
+
+    def make(self, step_function):
+        function = make_function(self, step_function)
+        strategy = _mesh_strategy(self)
+        if strategy is None:
+            return function
+
+        def run(iterator):
+            strategy.check_once(self)
+            batches = [
+                strategy.put_batch(batch)
+                for batch in itertools.islice(
+                    iterator, self.steps_per_execution
+                )
+            ]
+            if not batches:
+                raise StopIteration
+            with _finishing_steps():
+                return function(iter(batches))
+
+        return run
+
+    return make
+
+
+def _fetching_predictions(make_predict_function):
+    """Of `make_predict_function`: outputs on the host."""
+
+    def make(self, force=False):
+        before = self.predict_function
+        make_predict_function(self, force)
+        strategy = _mesh_strategy(self)
+        if strategy is None or (before is not None and not force):
+            return
+        function = self.predict_function
+
+        def run(batches):
+            strategy.check_once(self)
+            outputs = []
+            for batch in batches:
+                with _finishing_steps():
+                    output = function([strategy.put_batch(batch)])
+                    outputs.append(keras.tree.map_structure(_fetch, output))
+            with placement.host():
+                return keras.tree.map_structure(
+                    lambda *parts: tf.concat(parts, axis=0), *outputs
+                )
+
+        self.predict_function = run
+
+    return make
+
+
+def _building_from_specs(maybe_symbolic_build):
+    """Of `_maybe_symbolic_build`: no batch is drawn from the data."""
+
+    def build(self, iterator=None, data_batch=None):
+        if _mesh_strategy(self) is not None and iterator is not None:
+            spec = iterator._distributed_dataset.element_spec
+            parts = tf.nest.flatten(spec)
+            if all(_has_rank(part) for part in parts):
+                iterator, data_batch = None, spec
+        return maybe_symbolic_build(
+            self, iterator=iterator, data_batch=data_batch
+        )
+
+    return build
+
+
+def _has_rank(spec):
+    return isinstance(spec, tf.TensorSpec) and spec.shape.rank is not None
+
+
+@contextlib.contextmanager
+def _finishing_steps():
+    """Waits for the devices, so that an error is that of this step."""
+    try:
+        yield
+        context.async_wait()
+    except (tf.errors.OutOfRangeError, StopIteration) as error:
+        raise datasets.not_the_end(error, "A step failed") from error
+
+
+def _fetch(output):
+    with placement.host():
+        if dtensor.is_dtensor(output):
+            return tf.constant(placement.get(output))
+        return tf.convert_to_tensor(output)

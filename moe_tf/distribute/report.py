@@ -1,0 +1,97 @@
+"""Shows and checks how a model lies on a mesh."""
+
+import math
+import typing
+import warnings
+
+from tensorflow.experimental import dtensor
+
+from moe_tf.distribute import variables
+
+LARGE = 64 * 2**20
+
+
+class Row(typing.NamedTuple):
+    """A variable on a mesh."""
+
+    path: str
+    shape: tuple
+    dtype: str
+    layout: tuple
+    bytes_per_device: int
+
+    def __str__(self):
+        layout = ", ".join(axis or "-" for axis in self.layout)
+        size = self.bytes_per_device / 2**20
+        return (
+            f"{self.path}  {self.shape}  {self.dtype}  ({layout})  "
+            f"{size:.3f} MiB per device"
+        )
+
+
+def rows(model, axes):
+    """`Row`s of the variables of `model` and its optimizer."""
+    return [_row(variable, axes) for variable in _variables(model)]
+
+
+def check(model, strategy):
+    """See `MeshStrategy.check`."""
+    axes, used = strategy.axes, {"batch"}
+    large = []
+    for variable in _variables(model):
+        actual = dtensor.fetch_layout(variable.read_value()).sharding_specs
+        asked = [axis or dtensor.UNSHARDED for axis in variable.spec]
+        if list(actual) != asked:
+            raise ValueError(
+                f"The variable {variable.path} must be laid out as "
+                f"{variable.spec}. Received: {tuple(actual)}"
+            )
+        used.update(variable.spec)
+        row = _row(variable, axes)
+        if (
+            variable.trainable
+            and variable.rule is None
+            and row.bytes_per_device > LARGE
+        ):
+            large.append(str(row))
+    if large and strategy.mesh.size > 1:
+        warnings.warn(
+            "Every device holds these variables whole; a `layout_map` can "
+            "shard them:\n" + "\n".join(large),
+            stacklevel=2,
+        )
+    idle = [name for name in axes if name not in used and axes[name] > 1]
+    if idle:
+        warnings.warn(
+            f"No variable is sharded over {idle}: all devices along such an "
+            f"axis do the same work. Received: axes={axes}",
+            stacklevel=2,
+        )
+
+
+def _variables(model):
+    """The `MeshVariable`s of `model` and its optimizer, each once."""
+    optimizer = getattr(model, "optimizer", None)
+    found = {}
+    for variable in [*model.variables, *getattr(optimizer, "variables", ())]:
+        value = variable.value
+        if not isinstance(value, variables.MeshVariable):
+            raise ValueError(
+                f"The variable {variable.path} was made outside of the "
+                "strategy's scope. Make and compile the model inside "
+                "`with strategy.scope():`."
+            )
+        found[id(value)] = value
+    return list(found.values())
+
+
+def _row(variable, axes):
+    size = math.prod(variable.shape) * variable.dtype.size
+    shards = math.prod(axes[axis] for axis in variable.spec if axis)
+    return Row(
+        variable.path,
+        tuple(variable.shape),
+        variable.dtype.name,
+        variable.spec,
+        size // shards,
+    )

@@ -1,0 +1,201 @@
+"""Training on a mesh equals training on one device, for every optimizer."""
+
+import contextlib
+import functools
+import os
+import typing
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import moe_tf
+from moe_tf.distribute import MeshStrategy
+from moe_tf.distribute import all_reduces
+from tests.distribute import models
+from tests.distribute import process
+
+STEPS = 20
+BATCH = 16
+OPTIMIZERS = {
+    "sgd": lambda: keras.optimizers.SGD(0.5),
+    "momentum": lambda: keras.optimizers.SGD(0.1, 0.9, nesterov=True),
+    "adam": lambda: keras.optimizers.Adam(0.01),
+    "adamw": lambda: keras.optimizers.AdamW(0.01, weight_decay=0.1),
+    "adafactor": lambda: keras.optimizers.Adafactor(0.05),
+    "factored_adam": lambda: moe_tf.optimizers.FactoredAdam(0.01),
+    "factored_adam_beta_1": lambda: moe_tf.optimizers.FactoredAdam(
+        0.01, beta_1=0.9
+    ),
+    "rmsprop": lambda: keras.optimizers.RMSprop(0.01),
+    "adagrad": lambda: keras.optimizers.Adagrad(0.1),
+    "clipnorm": lambda: keras.optimizers.SGD(0.5, clipnorm=0.05),
+    "global_clipnorm": lambda: keras.optimizers.Adam(0.01, global_clipnorm=0.1),
+    "clipvalue": lambda: keras.optimizers.SGD(0.5, clipvalue=0.001),
+    "ema": lambda: keras.optimizers.Adam(
+        0.01, use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=3
+    ),
+    "accumulation": lambda: keras.optimizers.Adam(
+        0.01, gradient_accumulation_steps=2
+    ),
+    "loss_scale": lambda: keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.Adam(0.01), dynamic_growth_steps=3
+    ),
+}
+
+
+MAIN = ("sgd", "adam", "adafactor", "factored_adam")
+MESHES = {
+    (("batch", 1),): MAIN,
+    (("batch", 2),): MAIN,
+    (("batch", 4),): tuple(OPTIMIZERS),
+    (("batch", 2), ("expert", 2)): tuple(OPTIMIZERS),
+}
+
+
+class Run(typing.NamedTuple):
+    """Losses after each step, the last values, layouts; by path."""
+
+    losses: np.ndarray
+    values: list
+    specs: dict
+
+
+def data():
+    x = np.random.default_rng(0).integers(0, 31, (4 * BATCH, 6), "int32")
+    return x, (x + 1) % 31
+
+
+def train(name, scope=None, policy="float32"):
+    keras.utils.set_random_seed(0)
+    keras.backend.clear_session()
+    keras.config.set_dtype_policy(policy)
+    with scope or contextlib.nullcontext():
+        model = models.language_model()
+        model.compile(
+            OPTIMIZERS[name](),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            metrics=["accuracy"],
+        )
+    losses = []
+    x, y = data()
+    for step in range(STEPS):
+        rows = slice(step % 4 * BATCH, (step % 4 + 1) * BATCH)
+        losses.append(model.train_on_batch(x[rows], y[rows]))
+    variables = model.variables + model.optimizer.variables
+    return Run(
+        np.array(losses),
+        [(v.path, v.numpy()) for v in variables],
+        {v.path: getattr(v.value, "spec", None) for v in variables},
+    )
+
+
+def train_twice(axes, names, policy="float32"):
+    """For each optimizer: a run on one device, a run on the mesh."""
+    strategy = MeshStrategy(axes)
+    return {
+        name: (train(name, None, policy), train(name, strategy.scope(), policy))
+        for name in names
+    }
+
+
+@functools.cache
+def runs(axes):
+    return process.run(train_twice, dict(axes), MESHES[axes])
+
+
+def differences(one, mesh):
+    """The largest of losses and metrics, and of each variable."""
+    values = zip(one.values, mesh.values, strict=True)
+    return np.abs(one.losses - mesh.losses).max(), {
+        path: np.abs(a.astype(float) - b.astype(float)).max()
+        for (path, a), (_, b) in values
+    }
+
+
+@pytest.mark.parametrize(
+    "axes,name",
+    [(axes, name) for axes, names in MESHES.items() for name in names],
+    ids=str,
+)
+def test_equals_one_device(axes, name):
+    one, mesh = runs(axes)[name]
+    assert np.ptp(one.losses[:, 0]) > 0.01  # It learns.
+    loss, variables = differences(one, mesh)
+    assert loss < 5e-6
+    assert max(variables.values()) < 5e-6, variables
+
+
+@pytest.mark.parametrize(
+    "name,slots",
+    [
+        ("momentum", {"momentum": 3}),
+        ("adafactor", {"kernel": 2, "velocity": 3}),
+        ("factored_adam", {"velocity_row": 2, "velocity_column": 2}),
+        ("ema", {"average": 3, "momentum": 3, "velocity": 3}),
+        ("accumulation", {"gradient_accumulator": 3}),
+    ],
+)
+def test_slots_have_the_layout_of_their_weight(name, slots):
+    axes = (("batch", 2), ("expert", 2))
+    specs = runs(axes)[name][1].specs
+    kernels = {path: spec for path, spec in specs.items() if "expert_" in path}
+    for suffix, rank in slots.items():
+        found = [s for path, s in kernels.items() if path.endswith(suffix)]
+        expected = ("expert", *(None,) * (rank - 1))
+        assert found.count(expected) >= 2, kernels
+    assert set(kernels.values()) <= {("expert", None), ("expert", None, None)}
+    others = [spec for path, spec in specs.items() if "expert_" not in path]
+    assert not any(any(spec) for spec in others)
+
+
+@pytest.mark.parametrize(
+    "policy,tolerance",
+    [("float64", 5e-7), ("mixed_float16", 2e-2), ("mixed_bfloat16", 5e-2)],
+)
+def test_other_dtypes(policy, tolerance):
+    """With 16 bits sums in another order differ by that much."""
+    axes = {"batch": 2, "expert": 2}
+    pair = process.run(train_twice, axes, ("sgd",), policy)["sgd"]
+    one, mesh = (run._replace(losses=run.losses[:, 0]) for run in pair)
+    loss, variables = differences(one, mesh)
+    assert loss < tolerance
+    assert max(variables.values()) < tolerance, variables
+
+
+MERGE = "DTENSOR_ENABLE_COMBINE_ALL_REDUCES_OPTIMIZATION"
+
+
+def train_with_merged_all_reduces():
+    all_reduces.keep_apart = lambda: None
+    all_reduces.check = lambda mesh: None
+    return train_twice({"batch": 2, "expert": 2}, ("adam",))["adam"]
+
+
+def test_merged_all_reduces_break_equality():
+    """The reason for `all_reduces`: without it Adam is wrong, unnoticed."""
+    pair = process.run(train_with_merged_all_reduces, env={MERGE: "1"})
+    loss, variables = differences(*pair)
+    assert loss > 1e-2
+    assert max(variables.values()) > 1e-2
+
+
+def test_the_environment_may_not_merge():
+    with pytest.raises(process.Failed, match=f"{MERGE}=1: with it"):
+        process.run(MeshStrategy, {"batch": 2}, env={MERGE: "1"})
+
+
+def use_dtensor_before(axes):
+    all_reduces.keep_apart = lambda: None
+    first = MeshStrategy({"batch": 1, "expert": 1}, devices=["CPU:3"])
+    os.environ.pop(MERGE, None)
+    first.run(tf.function(lambda x: x + 1.0), args=(np.ones(2),))
+    os.environ[MERGE] = "0"  # Too late: DTensor has asked.
+    MeshStrategy(axes)
+
+
+@pytest.mark.parametrize("axes", [{"batch": 4}, {"batch": 1, "expert": 2}])
+def test_a_program_before_the_strategy_is_noticed(axes):
+    with pytest.raises(process.Failed, match="ran before the strategy was m"):
+        process.run(use_dtensor_before, axes)

@@ -1,0 +1,257 @@
+"""Every way into Keras's trainer gives what it gives on one device."""
+
+import contextlib
+import functools
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from moe_tf.distribute import MeshStrategy
+from tests.distribute import models
+from tests.distribute import process
+
+AXES = {"batch": 2, "expert": 2}
+ROWS = 43  # Batches of 16, 16 and 11: two devices cannot share the last.
+RNG = np.random.default_rng(1)
+X = RNG.integers(0, 31, (ROWS, 6), "int32")
+Y = (X[:, 0] + 1) % 31
+WEIGHTS = RNG.random(ROWS).astype("float32")
+OFTEN = {label: label / 10 for label in range(31)}
+
+
+class Batches(keras.utils.PyDataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        rows = slice(index * 16, (index + 1) * 16)
+        return X[rows], Y[rows]
+
+
+def endless():
+    batches = Batches()
+    while True:
+        yield from (batches[index] for index in range(3))
+
+
+def dataset():
+    return tf.data.Dataset.from_tensor_slices((X, Y)).batch(16)
+
+
+def fit(*data, **kwargs):
+    """A function of a model; data and options may be functions, too.
+
+    Nothing may start TensorFlow before there is a mesh.
+    """
+
+    def run(model):
+        options = {key: made(value) for key, value in kwargs.items()}
+        options = {"epochs": 2, "verbose": 0, **options}
+        return model.fit(*map(made, data), **options).history
+
+    return run
+
+
+def evaluate(*data, **kwargs):
+    return lambda model: model.evaluate(
+        *map(made, data), verbose=0, return_dict=True, **kwargs
+    )
+
+
+def made(value):
+    return value() if callable(value) else value
+
+
+def on_batch(model):
+    return {
+        "train": model.train_on_batch(X[:5], Y[:5]),
+        "weighted": model.train_on_batch(X[:4], Y[:4], WEIGHTS[:4]),
+        "class_weight": model.train_on_batch(X[:4], Y[:4], class_weight=OFTEN),
+        "test": model.test_on_batch(X[:6], Y[:6]),
+        "predict": model.predict_on_batch(X[:5]),
+    }
+
+
+def predict(model):
+    return {
+        "dataset": model.predict(dataset(), verbose=0),
+        "array": model.predict(X, batch_size=8, verbose=0),
+    }
+
+
+def callbacks():
+    stop = keras.callbacks.EarlyStopping(
+        "loss", patience=9, restore_best_weights=True
+    )
+    reduce = keras.callbacks.ReduceLROnPlateau(
+        "loss", patience=0, min_delta=10.0
+    )
+    schedule = keras.callbacks.LearningRateScheduler(lambda epoch, lr: lr * 0.9)
+    return [stop, reduce, schedule, keras.callbacks.TerminateOnNaN()]
+
+
+WAYS = {
+    "arrays": fit(X, Y, batch_size=16),
+    "sample_weight": fit(X, Y, batch_size=16, sample_weight=WEIGHTS),
+    "class_weight": fit(dataset, class_weight=OFTEN),
+    "validation_split": fit(X, Y, batch_size=16, validation_split=0.3),
+    "validation_data": fit(dataset, validation_data=(X, Y)),
+    "steps": fit(
+        lambda: dataset().repeat(),
+        steps_per_epoch=2,
+        epochs=3,
+        validation_data=dataset,
+        validation_steps=2,
+    ),
+    "py_dataset": fit(Batches, shuffle=False),
+    "workers": fit(lambda: Batches(workers=2), shuffle=False),
+    "generator": fit(endless, steps_per_epoch=4),
+    "callbacks": fit(dataset, callbacks=callbacks),
+    "evaluate": evaluate(dataset),
+    "evaluate_weighted": evaluate(X, Y, batch_size=16, sample_weight=WEIGHTS),
+    "on_batch": on_batch,
+    "predict": predict,
+}
+
+
+def classifier():
+    inputs = keras.Input((6,), dtype="int32")
+    x = keras.layers.Embedding(31, 8)(inputs)
+    x = models.EveryExpert(name="moe")(x)
+    x = keras.layers.Dropout(0.2, seed=3)(x)
+    x = keras.layers.GlobalAveragePooling1D()(x)
+    return keras.Model(inputs, keras.layers.Dense(31)(x))
+
+
+def run(way, scope=None, **kwargs):
+    keras.utils.set_random_seed(0)
+    keras.backend.clear_session()
+    with scope or contextlib.nullcontext():
+        model = classifier()
+        model.compile(
+            keras.optimizers.Adam(0.01),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            metrics=["accuracy"],
+            **kwargs,
+        )
+    return way(model), model.get_weights()
+
+
+def run_all():
+    strategy = MeshStrategy(AXES)
+    return {
+        name: (run(way), run(way, strategy.scope()))
+        for name, way in WAYS.items()
+    }
+
+
+@functools.cache
+def results():
+    return process.run(run_all)
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_equals_one_device(name):
+    one, mesh = results()[name]
+    for key, value in one[0].items():
+        np.testing.assert_allclose(
+            mesh[0][key], value, rtol=2e-6, atol=1e-6, err_msg=key
+        )
+    for expected, actual in zip(one[1], mesh[1], strict=True):
+        np.testing.assert_allclose(actual, expected, atol=2e-6)
+
+
+def run_without_known_length():
+    scope = MeshStrategy(AXES).scope()
+    unknown = fit(lambda: dataset().filter(lambda x, y: True), epochs=3)
+    return run(fit(dataset, epochs=3)), run(unknown, scope)
+
+
+def test_data_without_known_length():
+    # On one device Keras's last, empty step of such data counts as a step of
+    # the optimizer and of seeds; hence the other data there.
+    one, mesh = process.run(run_without_known_length)
+    for key, value in one[0].items():
+        np.testing.assert_allclose(mesh[0][key], value, rtol=2e-6)
+    for expected, actual in zip(one[1], mesh[1], strict=True):
+        np.testing.assert_allclose(actual, expected, atol=2e-6)
+
+
+def run_in_other_ways():
+    strategy, way = MeshStrategy(AXES), fit(dataset)
+    return [
+        run(way),
+        run(way, strategy.scope(), run_eagerly=True),
+        run(way, strategy.scope(), steps_per_execution=2),
+        run(way, strategy.scope(), jit_compile=True),
+    ]
+
+
+def test_eager_several_steps_xla():
+    one, *others = process.run(run_in_other_ways)
+    for other in others:
+        for expected, actual in zip(one[1], other[1], strict=True):
+            np.testing.assert_allclose(actual, expected, atol=5e-6)
+
+
+class OutOfRange(keras.Model):
+    """Fails with the error that Keras takes for the end of the data."""
+
+    def train_step(self, data):
+        raise tf.errors.OutOfRangeError(None, None, "from a step")
+
+
+def broken_data():
+    yield X[:16], Y[:16]
+    raise ValueError("a bad line")
+
+
+def fail(kind):
+    with MeshStrategy(AXES).scope():
+        model = classifier()
+        if kind == "step":
+            model = OutOfRange(model.inputs, model.outputs)
+        model.compile("sgd", "sparse_categorical_crossentropy")
+    data = dataset()
+    if kind == "data":
+        data = tf.data.Dataset.from_generator(
+            broken_data,
+            output_signature=(
+                tf.TensorSpec((None, 6), "int32"),
+                tf.TensorSpec((None,), "int32"),
+            ),
+        )
+    if kind == "ragged":
+        ragged = tf.ragged.constant([[1, 2], [3]])
+        data = tf.data.Dataset.from_tensors((ragged, tf.constant([1, 2])))
+    model.fit(data, verbose=0)
+
+
+@pytest.mark.parametrize(
+    "kind,message",
+    [
+        ("step", "A step failed; this is not the end of the data"),
+        ("data", "ValueError: a bad line"),
+        ("ragged", "Batches on a mesh must be dense"),
+    ],
+)
+def test_errors_are_not_the_end_of_the_data(kind, message):
+    with pytest.raises(process.Failed, match=message):
+        process.run(fail, kind)
+
+
+def warnings_of_fit():
+    strategy = MeshStrategy(AXES)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(fit(dataset), strategy.scope())
+    return [str(warning.message) for warning in caught]
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_announced():
+    told = [w for w in process.run(warnings_of_fit) if "whole" in w]
+    assert len(told) == 1
+    assert "11 examples" in told[0]
