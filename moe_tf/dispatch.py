@@ -47,12 +47,19 @@ class Blocks(typing.NamedTuple):
         slot_TK: int32, the slot of each assignment; `S` if it has none.
         count_E: int32, how many tokens chose each expert.
         expert_N: int32, the expert of each block.
+        limit: optional int32 scalar, the most assignments that an expert
+            takes; the rest is dropped.
     """
 
     assignment_S: typing.Any
     slot_TK: typing.Any
     count_E: typing.Any
     expert_N: typing.Any
+    limit: typing.Any = None
+
+    @property
+    def placed_E(self):
+        return placed(self.count_E, self.limit)
 
 
 class Capacity(typing.NamedTuple):
@@ -96,17 +103,35 @@ def plan_rows(expert_TK, num_experts):
     return Rows(order_A, ops.reshape(row_A, ops.shape(expert_TK)), count_E)
 
 
-def plan_blocks(expert_TK, num_experts, block_size):
-    """Blocks of `block_size` slots, each block of one expert; none dropped.
+def plan_blocks(
+    expert_TK, num_experts, block_size, most=None, limit=None, priority_TK=None
+):
+    """Blocks of `block_size` slots, each block of one expert.
 
     An expert takes as many blocks as its tokens need. The number of blocks
     is the most that can be needed, so that shapes depend on shapes alone, as
     XLA wants.
+
+    Args:
+        expert_TK: int32.
+        num_experts: int, `E`.
+        block_size: int.
+        most: optional int, the most tokens that any expert gets, where that
+            is known.
+        limit, priority_TK: those of `plan_capacity`. By default nothing is
+            dropped.
     """
-    num_assignments = _size(expert_TK)
-    num_blocks = num_assignments // block_size + num_experts
-    order_A, row_A, count_E = _sort(expert_TK, num_experts)
-    blocks_E = (count_E + block_size - 1) // block_size
+    num_blocks = _size(expert_TK) // block_size + num_experts
+    if most is not None:
+        enough = num_experts * -(-most // block_size)
+        if isinstance(num_blocks, int) and isinstance(enough, int):
+            num_blocks = min(num_blocks, enough)
+        else:
+            num_blocks = ops.minimum(num_blocks, enough)
+    order_A, row_A, count_E = _sort(expert_TK, num_experts, priority_TK)
+    if limit is not None:
+        limit = ops.convert_to_tensor(limit, "int32")
+    blocks_E = (placed(count_E, limit) + block_size - 1) // block_size
     end_E = ops.cumsum(blocks_E)
     block_N = ops.arange(num_blocks, dtype="int32")
     # Blocks past the last needed one fall to the last expert, and are empty.
@@ -116,9 +141,10 @@ def plan_blocks(expert_TK, num_experts, block_size):
     )
     first_E = (end_E - blocks_E) * block_size
     assignment_S, slot_TK = _place(
-        expert_TK, order_A, row_A, count_E, passed_N, first_E, block_size
-    )
-    return Blocks(assignment_S, slot_TK, count_E, passed_N)
+        expert_TK, order_A, row_A, count_E, passed_N, first_E, block_size,
+        limit,
+    )  # fmt: skip
+    return Blocks(assignment_S, slot_TK, count_E, passed_N, limit)
 
 
 def plan_capacity(expert_TK, num_experts, slots, limit=None, priority_TK=None):
@@ -216,11 +242,14 @@ def collect(y_SD, plan):
     return gather(y_SD)
 
 
+def placed(count_E, limit):
+    """How many of an expert's assignments have a slot, int32 `(E,)`."""
+    return count_E if limit is None else ops.minimum(count_E, limit)
+
+
 def dropped(plan):
     """How many assignments found their expert full, int32 `(E,)`."""
-    if isinstance(plan, Capacity):
-        return ops.maximum(plan.count_E - plan.limit, 0)
-    return ops.zeros_like(plan.count_E)
+    return plan.count_E - placed(plan.count_E, _limit(plan))
 
 
 def effective_capacity(plan):
@@ -230,9 +259,15 @@ def effective_capacity(plan):
     expert, it is that of the busiest. 0 if nothing is routed.
     """
     num_experts = plan.count_E.shape[0]
-    limit = plan.limit if isinstance(plan, Capacity) else ops.max(plan.count_E)
+    limit = _limit(plan)
+    if limit is None:
+        limit = ops.max(plan.count_E)
     total = ops.cast(ops.sum(plan.count_E), "float32")
     return ops.cast(limit, "float32") * num_experts / ops.maximum(total, 1.0)
+
+
+def _limit(plan):
+    return None if isinstance(plan, Rows) else plan.limit
 
 
 def _sort(expert_TK, num_experts, priority_TK=None):
@@ -280,13 +315,13 @@ def _place(
     num_assignments = _size(expert_TK)
     num_slots = _size(expert_N) * block_size
     offset_E = ops.cumsum(count_E) - count_E
-    kept_E = count_E if limit is None else ops.minimum(count_E, limit)
+    placed_E = placed(count_E, limit)
 
     slot_S = ops.arange(num_slots, dtype="int32")
     expert_S = tf.gather(expert_N, slot_S // block_size)
     position_S = slot_S - tf.gather(first_E, expert_S)
     row_S = tf.gather(offset_E, expert_S) + position_S
-    full_S = position_S < tf.gather(kept_E, expert_S)
+    full_S = position_S < tf.gather(placed_E, expert_S)
     row_S = ops.where(full_S, row_S, 0)
     assignment_S = ops.where(full_S, tf.gather(order_A, row_S), num_assignments)
 
@@ -294,7 +329,7 @@ def _place(
     known_A = ops.minimum(expert_A, num_experts - 1)
     position_A = row_A - tf.gather(offset_E, known_A)
     placed_A = ops.logical_and(
-        expert_A < num_experts, position_A < tf.gather(kept_E, known_A)
+        expert_A < num_experts, position_A < tf.gather(placed_E, known_A)
     )
     slot_A = ops.where(
         placed_A, tf.gather(first_E, known_A) + position_A, num_slots

@@ -76,14 +76,11 @@ class ExpertBalance(keras.metrics.Metric):
             self.add_variable((num_experts,), "zeros", name=vector)
             for vector in ("importance", "load", "assigned", "dropped")
         )
-        self.totals, self._latest = (
-            {
-                statistic: self.add_variable(
-                    (), "zeros", name=prefix + statistic
-                )
-                for statistic in (*BALANCE_STATISTICS, *self.numbers)
-            }
-            for prefix in ("", "latest_")
+        self.names = (*BALANCE_STATISTICS, *self.numbers)
+        # Together, since on a GPU each variable costs a launch a step.
+        self.total_N, self.latest_N = (
+            self.add_variable((len(self.names),), "zeros", name=name)
+            for name in ("total", "latest")
         )
         self.batches = self.add_variable((), "zeros", name="batches")
 
@@ -98,10 +95,11 @@ class ExpertBalance(keras.metrics.Metric):
         for variable, vector in zip(self.vectors, vectors, strict=True):
             variable.assign(vector)
         values = {**balance_statistics(*vectors), **numbers}
-        for statistic, total in self.totals.items():
-            value = ops.cast(values[statistic], self.dtype)
-            total.assign_add(value)
-            self._latest[statistic].assign(value)
+        value_N = ops.stack(
+            [ops.cast(values[name], self.dtype) for name in self.names]
+        )
+        self.total_N.assign_add(value_N)
+        self.latest_N.assign(value_N)
         self.batches.assign_add(1.0)
 
     @property
@@ -111,12 +109,15 @@ class ExpertBalance(keras.metrics.Metric):
 
     def latest(self):
         """The scalars of the last batch by name."""
-        return dict(self._latest)
+        return self._by_name(self.latest_N)
 
     def statistics(self):
         """Means of the scalars by name: `BALANCE_STATISTICS`, `numbers`."""
-        batches = ops.maximum(self.batches, 1.0)
-        return {name: total / batches for name, total in self.totals.items()}
+        return self._by_name(self.total_N / ops.maximum(self.batches, 1.0))
+
+    def _by_name(self, value_N):
+        values = ops.unstack(value_N, len(self.names))
+        return dict(zip(self.names, values, strict=True))
 
     def result(self):
         return {

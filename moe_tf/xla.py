@@ -15,15 +15,16 @@ def wants_static_shapes():
     return control_flow_util.GraphOrParentsInXlaContext(graph)
 
 
-def compiles_part(jit_compile):
+def compiles_part(jit_compile, variable):
     """Whether a part of this trace should be a program of its own.
 
     Args:
         jit_compile: bool, or `"auto"` for where a GPU runs it.
+        variable: `keras.Variable` that the part reads.
     """
     if tf.executing_eagerly() or wants_static_shapes():
         return False
-    return on_gpu() if jit_compile == "auto" else jit_compile
+    return on_gpu(variable) if jit_compile == "auto" else jit_compile
 
 
 def compiled(function):
@@ -31,8 +32,6 @@ def compiled(function):
     return tf.function(function, jit_compile=True, autograph=False)
 
 
-def on_gpu():
-    """Whether what is traced or run here is placed on a GPU."""
-    if not tf.config.list_logical_devices("GPU"):
-        return False
-    return "CPU" not in tf.constant(0.0).device
+def on_gpu(variable):
+    """Whether a `keras.Variable` lives on a GPU, and so what reads it."""
+    return "GPU" in getattr(variable.value, "device", "")

@@ -4,7 +4,10 @@ import keras
 from keras import ops
 
 from moe_tf import checks
+from moe_tf import dispatch
+from moe_tf import gpu_experts
 from moe_tf import grouped
+from moe_tf import xla
 
 
 @keras.saving.register_keras_serializable(package="moe_tf")
@@ -13,6 +16,9 @@ class Experts(keras.layers.Layer):
 
     Each matrix of all experts is one kernel, so that one layout rule shards
     the experts. Every expert is initialised by itself, with fan-in `D`.
+
+    Inside XLA on a GPU the products are those of `moe_tf.gpu_experts`, if they
+    can be: see `block_size`. Else TensorFlow's.
 
     Args:
         num_experts: int, `E`.
@@ -26,6 +32,7 @@ class Experts(keras.layers.Layer):
     Call arguments:
         inputs: float `(S, D)`, slots in the order of `plan`.
         plan: `dispatch.Rows`, `Blocks` or `Capacity`.
+        training: bool.
 
     Returns:
         float `(S, D)`; slots that belong to no expert give zeros.
@@ -67,10 +74,49 @@ class Experts(keras.layers.Layer):
         return self.add_weight(
             shape=(self.num_experts, fan_in, fan_out),
             initializer=keras.initializers.RandomUniform(-limit, limit),
+            autocast=False,  # cast here, so that what reads it is seen
             name=name,
         )
 
-    def call(self, inputs, plan):
+    def block_size(self, num_tokens, k):
+        """Slots in a block of the plan that the kernels for a GPU work on.
+
+        Args:
+            num_tokens: int, or a tensor where it is not known yet.
+            k: int, experts of each token, for their mean load.
+
+        Returns:
+            An int, or `None` where those kernels are not to be used: outside
+            XLA, on another device, for sizes they do not serve
+            (`gpu_experts.obstacle`), for a number of tokens that is not known
+            when traced, and where the blocks of most experts would be less
+            than half full.
+        """
+        if not isinstance(num_tokens, int) or not self._has_kernels():
+            return None
+        if 2 * num_tokens * k < gpu_experts.BLOCK * self.num_experts:
+            return None
+        return gpu_experts.BLOCK
+
+    def _has_kernels(self):
+        if not xla.wants_static_shapes() or not xla.on_gpu(self.in_EDF):
+            return False
+        width, hidden_units = self.in_EDF.shape[1:]
+        return not gpu_experts.obstacle(
+            width, hidden_units, self.compute_dtype, self.activation
+        )
+
+    def call(self, inputs, plan, training=False):
+        if self._are_for_kernels(inputs, plan):
+            return gpu_experts.feed_forward(
+                inputs,
+                self.in_EDF.value,
+                self.out_EFD.value,
+                plan,
+                self.activation,
+                # Without a backward pass there is nothing to keep.
+                recompute=self.recompute or not training,
+            )
         kernels = [
             ops.cast(kernel, self.compute_dtype)
             for kernel in (self.in_EDF, self.out_EFD)
@@ -82,6 +128,14 @@ class Experts(keras.layers.Layer):
         if self.recompute:
             run = grouped.recomputed(run)
         return run(inputs, *kernels)
+
+    def _are_for_kernels(self, x_SD, plan):
+        if not isinstance(plan, dispatch.Blocks) or not self._has_kernels():
+            return False
+        num_slots, num_blocks = x_SD.shape[0], plan.expert_N.shape[0]
+        if num_slots is None:
+            return False
+        return num_slots == num_blocks * gpu_experts.BLOCK
 
     def _expert(self, x_CD, in_DF, out_FD):
         h_CF = self.activation(grouped.matmul(x_CD, in_DF))

@@ -194,7 +194,7 @@ class SparseMoE(keras.layers.Layer):
             _check_mask(mask, inputs)
             mask_T = ops.reshape(ops.cast(mask, "bool"), (-1,))
         mixture = self._mixture
-        if xla.compiles_part(self.jit_compile):
+        if xla.compiles_part(self.jit_compile, self.experts.in_EDF):
             mixture = xla.compiled(mixture)
         y_TD, losses, numbers = mixture(x_TD, mask_T, training)
         if training:
@@ -216,7 +216,8 @@ class SparseMoE(keras.layers.Layer):
             ops.cast(x_TD, self.router.dtype), mask=mask_T, training=training
         )
         plan = self._plan(routing.gates, mask_T, training)
-        y_SD = self.experts(dispatch.dispatch(x_TD, plan), plan=plan)
+        x_SD = dispatch.dispatch(x_TD, plan)
+        y_SD = self.experts(x_SD, plan=plan, training=training)
         weight_TK = ops.cast(routing.gates.weight_TK, y_SD.dtype)
         y_TD = dispatch.combine(y_SD, weight_TK, plan)
         numbers = {
@@ -235,26 +236,37 @@ class SparseMoE(keras.layers.Layer):
     def _plan(self, gates, mask_T, training):
         weight_TK, expert_TK = gates
         num_tokens = ops.shape(expert_TK)[0]
+        most = self.router.most_tokens(num_tokens, training)
         factor = self.capacity_factor if training else self.eval_capacity_factor
-        if factor is None:
-            most = self.router.most_tokens(num_tokens, training)
-            return dispatch.plan_dropless(expert_TK, self.num_experts, most)
-
-        def slots(num_tokens):
-            num_assignments = num_tokens * self.router.experts_per_token
-            return dispatch.capacity(num_assignments, self.num_experts, factor)
-
-        limit = None
-        if mask_T is not None:
-            limit = slots(ops.sum(ops.cast(mask_T, "int32")))
-        by_value = self.drop_policy == "gate_value"
-        return dispatch.plan_capacity(
-            expert_TK,
-            self.num_experts,
-            slots(num_tokens),
-            limit,
-            priority_TK=weight_TK if by_value else None,
+        slots = limit = priority_TK = None
+        if factor is not None:
+            slots = limit = self._slots(num_tokens, factor)
+            if mask_T is not None:
+                number = ops.sum(ops.cast(mask_T, "int32"))
+                limit = self._slots(number, factor)
+            if self.drop_policy == "gate_value":
+                priority_TK = weight_TK
+        block_size = self.experts.block_size(
+            num_tokens, self.router.experts_per_token
         )
+        if block_size is not None:
+            return dispatch.plan_blocks(
+                expert_TK,
+                self.num_experts,
+                block_size,
+                most,
+                limit,
+                priority_TK,
+            )
+        if factor is None:
+            return dispatch.plan_dropless(expert_TK, self.num_experts, most)
+        return dispatch.plan_capacity(
+            expert_TK, self.num_experts, slots, limit, priority_TK
+        )
+
+    def _slots(self, num_tokens, factor):
+        num_assignments = num_tokens * self.router.experts_per_token
+        return dispatch.capacity(num_assignments, self.num_experts, factor)
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         call = super().rematerialized_call(layer_call, *args, **kwargs)
