@@ -9,192 +9,29 @@ no activation is ever scattered.
 Letters: `A = T * K` assignments, `S` slots, `N` blocks of `C` slots.
 """
 
-import fractions
 import math
-import typing
 
 import tensorflow as tf
 from keras import ops
 
-from moe_tf import xla
+from moe_tf import plans
 
 # Columns of choices that are summed without a loop.
 _UNROLLED = 16
 
 
-class Rows(typing.NamedTuple):
-    """A plan in which every assignment has a slot and no slot is empty.
-
-    Slots lie expert by expert, `count_E` of each, those of masked tokens
-    last.
-
-    Attributes:
-        assignment_S: int32, the assignment in each slot.
-        slot_TK: int32, the slot of each assignment.
-        count_E: int32, how many tokens chose each expert.
-    """
-
-    assignment_S: typing.Any
-    slot_TK: typing.Any
-    count_E: typing.Any
-
-
-class Blocks(typing.NamedTuple):
-    """A plan of blocks of equal size, each of one expert.
-
-    Attributes:
-        assignment_S: int32, the assignment in each slot; `A` if it is empty.
-        slot_TK: int32, the slot of each assignment; `S` if it has none.
-        count_E: int32, how many tokens chose each expert.
-        expert_N: int32, the expert of each block.
-        limit: optional int32 scalar, the most assignments that an expert
-            takes; the rest is dropped.
-    """
-
-    assignment_S: typing.Any
-    slot_TK: typing.Any
-    count_E: typing.Any
-    expert_N: typing.Any
-    limit: typing.Any = None
-
-    @property
-    def placed_E(self):
-        return placed(self.count_E, self.limit)
-
-
-class Capacity(typing.NamedTuple):
-    """`Blocks` with one block for each expert, in their order.
-
-    Attributes:
-        assignment_S, slot_TK, count_E: those of `Blocks`.
-        limit: int32 scalar, the most assignments that an expert takes; it may
-            have more slots.
-    """
-
-    assignment_S: typing.Any
-    slot_TK: typing.Any
-    count_E: typing.Any
-    limit: typing.Any
-
-
-def plan_dropless(expert_TK, num_experts, most=None):
-    """A plan in which every assignment has a slot: the one that fits.
-
-    Outside XLA these are rows. XLA needs shapes that do not depend on the
-    routing: `most` slots for each expert where that bound is known (an int),
-    else blocks of half the mean load, which are at most half as many slots
-    again as there are assignments, and one block an expert.
-    """
-    if not xla.wants_static_shapes():
-        return plan_rows(expert_TK, num_experts)
-    if most is not None:
-        plan = plan_capacity(expert_TK, num_experts, most)
-        return plan._replace(limit=ops.max(plan.count_E))
-    block_size = _size(expert_TK) // (2 * num_experts) + 1
-    return plan_blocks(expert_TK, num_experts, block_size)
-
-
-def plan_rows(expert_TK, num_experts):
-    """One slot for each assignment, expert by expert: nothing is dropped.
-
-    The slots of masked tokens (expert id `num_experts`) come last.
-    """
-    order_A, row_A, count_E = _sort(expert_TK, num_experts)
-    return Rows(order_A, ops.reshape(row_A, ops.shape(expert_TK)), count_E)
-
-
-def plan_blocks(
-    expert_TK, num_experts, block_size, most=None, limit=None, priority_TK=None
-):
-    """Blocks of `block_size` slots, each block of one expert.
-
-    An expert takes as many blocks as its tokens need. The number of blocks
-    is the most that can be needed, so that shapes depend on shapes alone, as
-    XLA wants.
-
-    Args:
-        expert_TK: int32.
-        num_experts: int, `E`.
-        block_size: int.
-        most: optional int, the most tokens that any expert gets, where that
-            is known.
-        limit, priority_TK: those of `plan_capacity`. By default nothing is
-            dropped.
-    """
-    num_blocks = _size(expert_TK) // block_size + num_experts
-    if most is not None:
-        enough = num_experts * -(-most // block_size)
-        if isinstance(num_blocks, int) and isinstance(enough, int):
-            num_blocks = min(num_blocks, enough)
-        else:
-            num_blocks = ops.minimum(num_blocks, enough)
-    order_A, row_A, count_E = _sort(expert_TK, num_experts, priority_TK)
-    if limit is not None:
-        limit = ops.convert_to_tensor(limit, "int32")
-    blocks_E = (placed(count_E, limit) + block_size - 1) // block_size
-    end_E = ops.cumsum(blocks_E)
-    block_N = ops.arange(num_blocks, dtype="int32")
-    # Blocks past the last needed one fall to the last expert, and are empty.
-    passed_N = ops.sum(
-        ops.cast(block_N[:, None] >= end_E[None, : num_experts - 1], "int32"),
-        axis=1,
-    )
-    first_E = (end_E - blocks_E) * block_size
-    assignment_S, slot_TK = _place(
-        expert_TK, order_A, row_A, count_E, passed_N, first_E, block_size,
-        limit,
-    )  # fmt: skip
-    return Blocks(assignment_S, slot_TK, count_E, passed_N, limit)
-
-
-def plan_capacity(expert_TK, num_experts, slots, limit=None, priority_TK=None):
-    """One block of slots an expert; what overflows is dropped.
-
-    Args:
-        expert_TK: int32.
-        num_experts: int, `E`.
-        slots: int or int32 scalar, slots of each expert.
-        limit: optional int32 scalar, how many of them an expert may use.
-            Defaults to all.
-        priority_TK: optional float; the assignments of the highest priority
-            are kept. By default those of the earliest tokens are.
-    """
-    order_A, row_A, count_E = _sort(expert_TK, num_experts, priority_TK)
-    expert_N = ops.arange(num_experts, dtype="int32")
-    limit = ops.convert_to_tensor(slots if limit is None else limit, "int32")
-    assignment_S, slot_TK = _place(
-        expert_TK, order_A, row_A, count_E, expert_N, expert_N * slots, slots,
-        limit,
-    )  # fmt: skip
-    return Capacity(assignment_S, slot_TK, count_E, limit)
-
-
-def capacity(num_assignments, num_experts, capacity_factor):
-    """Slots an expert, `ceil(capacity_factor * A / E)`: an int for an int.
-
-    `A` is the number of assignments that `T` tokens make, `k * T`.
-
-    In whole numbers, of the factor as it is written to six digits: 1.1 *
-    100 / 10 is 11.
-    """
-    # More digits, of 4 / 3 say, would overflow the products below.
-    factor = fractions.Fraction(str(capacity_factor)).limit_denominator(10**6)
-    parts = factor.denominator * num_experts
-    if isinstance(num_assignments, int):
-        return -(-num_assignments * factor.numerator // parts)
-    wide = ops.cast(num_assignments, "int64") * factor.numerator
-    return ops.cast((wide + parts - 1) // parts, "int32")
-
-
 def dispatch(x_TD, plan):
-    """The tokens in the slots, `(S, D)`; zeros in empty slots."""
+    """The tokens in the slots, `(S, D)`; zeros in empty slots.
+
+    With `Groups` this and `combine` take and give all with a first axis `G`.
+    """
     k = ops.shape(plan.slot_TK)[-1]
 
     @tf.custom_gradient
     def gather(x_TD):
         def gradient(dx_SD):
             return _sum_columns(
-                lambda j: _take(dx_SD, plan.slot_TK[:, j], plan), plan
+                lambda j: _take(dx_SD, plan.slot_TK[..., j], plan), plan
             )
 
         return _take(x_TD, plan.assignment_S // k, plan), gradient
@@ -213,15 +50,16 @@ def combine(y_SD, weight_TK, plan):
     def weighted_sum(y_SD, weight_TK):
         def gradient(dy_TD):
             dy_SD = _take(dy_TD, plan.assignment_S // k, plan)
-            weight_A = ops.reshape(weight_TK, (-1,))
+            *leading, rows, columns = ops.shape(weight_TK)
+            weight_A = ops.reshape(weight_TK, (*leading, rows * columns))
             weight_S = _take(weight_A, plan.assignment_S, plan)
             dweight_S = ops.sum(dy_SD * y_SD, axis=-1)
             dweight_TK = _take(dweight_S, plan.slot_TK, plan)
-            return dy_SD * weight_S[:, None], dweight_TK
+            return dy_SD * weight_S[..., None], dweight_TK
 
         def column(j):
-            answer_TD = _take(y_SD, plan.slot_TK[:, j], plan)
-            return weight_TK[:, j, None] * answer_TD
+            answer_TD = _take(y_SD, plan.slot_TK[..., j], plan)
+            return weight_TK[..., j, None] * answer_TD
 
         return _sum_columns(column, plan), gradient
 
@@ -242,111 +80,16 @@ def collect(y_SD, plan):
     return gather(y_SD)
 
 
-def placed(count_E, limit):
-    """How many of an expert's assignments have a slot, int32 `(E,)`."""
-    return count_E if limit is None else ops.minimum(count_E, limit)
-
-
-def dropped(plan):
-    """How many assignments found their expert full, int32 `(E,)`."""
-    return plan.count_E - placed(plan.count_E, _limit(plan))
-
-
-def effective_capacity(plan):
-    """Slots of an expert over the mean number of assignments, float32.
-
-    What a capacity factor comes to after rounding up. Where nothing limits an
-    expert, it is that of the busiest. 0 if nothing is routed.
-    """
-    num_experts = plan.count_E.shape[0]
-    limit = _limit(plan)
-    if limit is None:
-        limit = ops.max(plan.count_E)
-    total = ops.cast(ops.sum(plan.count_E), "float32")
-    return ops.cast(limit, "float32") * num_experts / ops.maximum(total, 1.0)
-
-
-def _limit(plan):
-    return None if isinstance(plan, Rows) else plan.limit
-
-
-def _sort(expert_TK, num_experts, priority_TK=None):
-    """Order of the assignments by expert, its inverse, and counts.
-
-    Those of one expert are in the order of their tokens, or of their priority,
-    the highest first.
-    """
-    expert_A = ops.reshape(expert_TK, (-1,))
-    if priority_TK is None:
-        order_A = tf.argsort(expert_A, stable=True)
-    else:
-        first_A = tf.argsort(-ops.reshape(priority_TK, (-1,)), stable=True)
-        order_A = tf.gather(
-            first_A, tf.argsort(tf.gather(expert_A, first_A), stable=True)
-        )
-    num_assignments = _size(expert_TK)
-    row_A = tf.scatter_nd(
-        order_A[:, None],
-        ops.arange(num_assignments, dtype="int32"),
-        [num_assignments],
-    )
-    count_E = ops.segment_sum(
-        ops.ones_like(expert_A), expert_A, num_segments=num_experts + 1
-    )[:num_experts]
-    return order_A, row_A, count_E
-
-
-def _place(
-    expert_TK,
-    order_A,
-    row_A,
-    count_E,
-    expert_N,
-    first_E,
-    block_size,
-    limit=None,
-):
-    """Lays sorted assignments into blocks of slots.
-
-    The assignments of expert `e` begin at row `offset_E[e]` of the order and
-    at slot `first_E[e]`; those past `limit` get no slot.
-    """
-    num_experts = count_E.shape[0]
-    num_assignments = _size(expert_TK)
-    num_slots = _size(expert_N) * block_size
-    offset_E = ops.cumsum(count_E) - count_E
-    placed_E = placed(count_E, limit)
-
-    slot_S = ops.arange(num_slots, dtype="int32")
-    expert_S = tf.gather(expert_N, slot_S // block_size)
-    position_S = slot_S - tf.gather(first_E, expert_S)
-    row_S = tf.gather(offset_E, expert_S) + position_S
-    full_S = position_S < tf.gather(placed_E, expert_S)
-    row_S = ops.where(full_S, row_S, 0)
-    assignment_S = ops.where(full_S, tf.gather(order_A, row_S), num_assignments)
-
-    expert_A = ops.reshape(expert_TK, (-1,))
-    known_A = ops.minimum(expert_A, num_experts - 1)
-    position_A = row_A - tf.gather(offset_E, known_A)
-    placed_A = ops.logical_and(
-        expert_A < num_experts, position_A < tf.gather(placed_E, known_A)
-    )
-    slot_A = ops.where(
-        placed_A, tf.gather(first_E, known_A) + position_A, num_slots
-    )
-    slot_TK = ops.reshape(slot_A, ops.shape(expert_TK))
-    return assignment_S, slot_TK
-
-
 def _take(x, index, plan):
     """Rows of `x` at `index`; zeros where `index` is past the last row."""
-    if isinstance(plan, Rows):
+    if isinstance(plan, plans.Rows):
         return tf.gather(x, index)
-    num_rows = ops.shape(x)[0]
-    rows = tf.gather(x, ops.minimum(index, num_rows - 1))
-    found = ops.reshape(
-        index < num_rows, (*ops.shape(index), *[1] * (len(x.shape) - 1))
-    )
+    axis = 1 if isinstance(plan, plans.Groups) else 0
+    num_rows = ops.shape(x)[axis]
+    rows = tf.gather(x, ops.minimum(index, num_rows - 1), batch_dims=axis)
+    found = index < num_rows
+    for _ in range(len(rows.shape) - len(found.shape)):
+        found = found[..., None]
     return ops.where(found, rows, ops.zeros_like(rows))
 
 
@@ -360,9 +103,12 @@ def _sum_columns(column, plan):
     k = plan.slot_TK.shape[-1]
     if k is not None and k <= _UNROLLED:
         return sum(column(j) for j in range(k))
-    used_K = ops.any(plan.slot_TK < _size(plan.assignment_S), axis=0)
-    column_K = ops.arange(1, ops.shape(used_K)[0] + 1, dtype="int32")
-    last = ops.max(ops.where(used_K, column_K, 0), initial=0)
+    if isinstance(plan, plans.Groups):
+        last = k
+    else:
+        used_K = ops.any(plan.slot_TK < _size(plan.assignment_S), axis=0)
+        column_K = ops.arange(1, ops.shape(used_K)[0] + 1, dtype="int32")
+        last = ops.max(ops.where(used_K, column_K, 0), initial=0)
     _, total = tf.while_loop(
         lambda j, total: j < last,
         lambda j, total: (j + 1, total + column(j)),

@@ -5,7 +5,7 @@ This module and `expert_activations` alone import jax, and not TensorFlow:
 here into TensorFlow's programs.
 
 Slots lie in blocks of `BLOCK`, each of one expert, its tokens first
-(`dispatch.plan_blocks`). A kernel instance computes one tile of an answer. It
+(`plans.plan_blocks`). A kernel instance computes one tile of an answer. It
 reads from the tables which expert its block belongs to and how many tokens
 are in it, and does no product for an empty tile: shapes are static, work is
 not.
@@ -82,7 +82,7 @@ class Table(typing.NamedTuple):
 
 
 def table(expert_N, count_E):
-    """The `Table` of a `dispatch.Blocks` of `BLOCK` slots a block."""
+    """The `Table` of a `plans.Blocks` of `BLOCK` slots a block."""
     blocks_E = (count_E + BLOCK - 1) // BLOCK
     first_E = jnp.cumsum(blocks_E, dtype=jnp.int32) - blocks_E
     position_N = jnp.arange(expert_N.shape[0], dtype=jnp.int32)

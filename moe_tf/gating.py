@@ -10,6 +10,7 @@ import tensorflow as tf
 from keras import ops
 
 from moe_tf import numerics
+from moe_tf import sharding
 
 # Below this the noise is as good as absent; it keeps the quotient in the load
 # estimate finite when Softplus underflows.
@@ -67,7 +68,40 @@ def top_k_and_next(logits_TE, k):
     """
     num_experts = logits_TE.shape[-1]
     top, expert = ops.top_k(logits_TE, min(k + 1, num_experts))
+    if sharding.axes() is not None:
+        top = entries(logits_TE, expert)  # for its gradient
     return top, ops.cast(expert[..., :k], "int32")
+
+
+def entries(x_TE, index_TK):
+    """The entries of each token at its indices, `(..., K)`."""
+    leading = len(index_TK.shape) - 1
+
+    def gather(x_TE):
+        return tf.gather(x_TE, index_TK, batch_dims=leading)
+
+    if sharding.axes() is None:
+        return gather(x_TE)
+
+    # On a mesh the gradient of a gather would be a scatter by every device of
+    # the tokens of all.
+    @tf.custom_gradient
+    def picked(x_TE):
+        def gradient(dy_TK):
+            return _spread(dy_TK, index_TK, x_TE.shape[-1])
+
+        return gather(x_TE), gradient
+
+    return picked(x_TE)
+
+
+def _spread(y_TK, index_TK, size):
+    """Zeros `(..., E)` with `y` added at the indices, column by column."""
+    return sum(
+        y_TK[..., j, None]
+        * ops.one_hot(index_TK[..., j], size, dtype=y_TK.dtype)
+        for j in range(index_TK.shape[-1])
+    )
 
 
 def softmax(logits):
@@ -122,6 +156,30 @@ def batchwise_mask(score_TE, num_chosen, most, mask_T=None):
         [num_tokens * num_experts],
     )
     return ops.reshape(chosen, (num_tokens, num_experts)) > 0
+
+
+def group_mask(score_GTE, num_chosen_G, mask_GT=None):
+    """`batchwise_mask` of each group of tokens by itself.
+
+    Args:
+        score_GTE: float.
+        num_chosen_G: int or int32, `m` of each group.
+        mask_GT: optional bool.
+
+    Returns:
+        bool `(G, T, E)`.
+    """
+    top = ops.full_like(score_GTE, float("inf"))
+    score_GTE = ops.where(ops.isnan(score_GTE), top, score_GTE)
+    if mask_GT is not None:
+        score_GTE = ops.where(mask_GT[..., None], score_GTE, -top)
+    lowest_first_GET = -ops.transpose(score_GTE, (0, 2, 1))
+    # The rank of each token: a sort, and the inverse of its permutation.
+    order_GET = tf.argsort(lowest_first_GET, stable=True)
+    rank_GET = tf.argsort(order_GET, stable=True)
+    num_chosen_G = ops.convert_to_tensor(num_chosen_G, "int32")
+    chosen_GET = rank_GET < ops.reshape(num_chosen_G, (-1, 1, 1))
+    return ops.transpose(chosen_GET, (0, 2, 1))
 
 
 def batchwise_loss(score_TE, threshold_E, chosen_TE, mask_T=None):
@@ -185,7 +243,7 @@ def of_chosen(weight_TE, chosen_TE, most):
     # The largest of zeros and ones are the chosen ones, the first first.
     _, expert_TK = tf.math.top_k(ops.cast(chosen_TE, "int32"), most)
     used_TK = tf.gather(chosen_TE, expert_TK, batch_dims=1)
-    weight_TK = tf.gather(weight_TE, expert_TK, batch_dims=1)
+    weight_TK = entries(weight_TE, expert_TK)
     return Gates(
         ops.where(used_TK, weight_TK, ops.zeros_like(weight_TK)),
         ops.where(used_TK, expert_TK, ops.full_like(expert_TK, num_experts)),
@@ -274,6 +332,8 @@ def sum_by_expert(value, expert, num_experts):
         expert: int32; entries of `num_experts` count nowhere.
         num_experts: int, `E`.
     """
+    if sharding.axes() is not None:
+        return _sum_on_mesh(value, expert, num_experts)
     further = ops.shape(value)[len(expert.shape) :]
     # Entries that count nowhere make a last segment, which is cut.
     sums = ops.segment_sum(
@@ -282,3 +342,17 @@ def sum_by_expert(value, expert, num_experts):
         num_segments=num_experts + 1,
     )
     return sums[:num_experts]
+
+
+def _sum_on_mesh(value_TK, expert_TK, num_experts):
+    """Sums that each device takes of its own tokens before they are added."""
+    further = len(value_TK.shape) - len(expert_TK.shape)
+
+    def column(j):
+        hot_TE = ops.one_hot(expert_TK[:, j], num_experts, dtype=value_TK.dtype)
+        for _ in range(further):
+            hot_TE = hot_TE[..., None]
+        return hot_TE * value_TK[:, j, None]
+
+    columns = range(expert_TK.shape[1])
+    return ops.sum(sum(column(j) for j in columns), axis=0)

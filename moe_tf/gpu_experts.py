@@ -14,7 +14,7 @@ import keras
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.python import xla as tf2xla
 
-from moe_tf import dispatch
+from moe_tf import plans
 
 # Slots in a block of the plan.
 BLOCK = 128
@@ -97,7 +97,7 @@ def feed_forward(x_SD, in_EDF, out_EFD, plan, activation, recompute=False):
         x_SD: bfloat16, float16 or float32 (whose products are taken in TF32
             on a GPU); zeros in empty slots. `S` must be static.
         in_EDF, out_EFD: float.
-        plan: `dispatch.Blocks` of `BLOCK` slots a block.
+        plan: `plans.Blocks` of `BLOCK` slots a block.
         activation: name, or function of `keras.activations`.
         recompute: bool, whether what comes out of the activation, `(S, F)`,
             and what goes in where its slope needs it, are computed again in
@@ -266,9 +266,9 @@ def _check(x_SD, in_EDF, plan, activation):
     )
     if reason:
         raise ValueError(reason)
-    if not isinstance(plan, dispatch.Blocks):
+    if not isinstance(plan, plans.Blocks):
         raise ValueError(
-            "`plan` must be `dispatch.Blocks`. "
+            "`plan` must be `plans.Blocks`. "
             f"Received: plan of {type(plan).__name__}"
         )
     slots, blocks = x_SD.shape[0], plan.expert_N.shape[0]

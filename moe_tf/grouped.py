@@ -3,7 +3,8 @@
 import tensorflow as tf
 from keras import ops
 
-from moe_tf import dispatch
+from moe_tf import plans
+from moe_tf import sharding
 
 # More experts run in a loop. It takes 1.4 times as long (256 experts of 512 by
 # 1024) to 2.4 times (2048 of 64 by 128), but the unrolled graph of 1024 experts
@@ -20,14 +21,16 @@ def apply(function, x_SD, kernels, plan):
             `(..., C, O)`.
         x_SD: float, slots in the order of `plan`.
         kernels: float tensors `(E, I, O)`.
-        plan: `dispatch.Rows`, `Blocks` or `Capacity`.
+        plan: `plans.Rows`, `Blocks` or `Capacity`.
 
     Returns:
         float `(S, O)`; zeros in slots that belong to no expert.
     """
-    if isinstance(plan, dispatch.Rows):
+    if isinstance(plan, plans.Rows):
         return _by_rows(function, x_SD, kernels, plan.count_E)
-    if isinstance(plan, dispatch.Blocks):
+    if isinstance(plan, plans.Groups):
+        return _by_groups(function, x_SD, kernels)
+    if isinstance(plan, plans.Blocks):
         kernels = [tf.gather(kernel, plan.expert_N) for kernel in kernels]
     return _by_blocks(function, x_SD, kernels)
 
@@ -48,8 +51,10 @@ def recomputed(function):
     @tf.custom_gradient
     def run(x, *kernels):
         def gradient(dy):
-            first = ops.cast(tf.reshape(dy, [-1])[:1], x.dtype)
-            zero = ops.sum(ops.minimum(ops.abs(first), 0))
+            # One entry would do, but on a mesh it is on one device.
+            some = dy if sharding.axes() else tf.reshape(dy, [-1])[:1]
+            some = ops.cast(some, x.dtype)
+            zero = ops.sum(ops.minimum(ops.abs(some), 0))
             with tf.GradientTape() as tape:
                 tape.watch((x, *kernels))
                 y = function(x + zero, *kernels)
@@ -138,3 +143,31 @@ def _by_blocks(function, x_SD, kernels):
     x_NCD = ops.reshape(x_SD, (num_blocks, num_slots // num_blocks, width))
     y_NCO = function(x_NCD, *kernels)
     return ops.reshape(y_NCO, (num_slots, y_NCO.shape[-1]))
+
+
+def _by_groups(function, x_GSD, kernels):
+    """One batched call over the slots of all groups at each expert.
+
+    On a mesh slots lie with their groups before and after, and with their
+    experts in between: two all-to-alls, if both share an axis.
+    """
+    num_experts = kernels[0].shape[0]
+    num_groups, num_slots, width = ops.shape(x_GSD)
+    slots = num_slots // num_experts
+    x_GECD = ops.reshape(x_GSD, (num_groups, num_experts, slots, width))
+    x_EGCD = ops.transpose(_to_experts(x_GECD), (1, 0, 2, 3))
+    x_ECD = ops.reshape(x_EGCD, (num_experts, num_groups * slots, width))
+    y_ECO = function(x_ECD, *kernels)
+    shape = num_experts, num_groups, slots, y_ECO.shape[-1]
+    y_GECO = ops.transpose(ops.reshape(y_ECO, shape), (1, 0, 2, 3))
+    y_GECO = sharding.constrain(y_GECO, "batch", None, None, None)
+    return ops.reshape(y_GECO, (num_groups, num_slots, shape[-1]))
+
+
+def _to_experts(x_GECD):
+    axes = sharding.axes()
+    if axes is None:
+        return x_GECD
+    axis = sharding.expert_axis(axes)
+    group_axis = None if axis == "batch" else "batch"
+    return sharding.constrain(x_GECD, group_axis, axis, None, None)

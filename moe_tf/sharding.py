@@ -1,6 +1,7 @@
 """What layers need to know of a mesh, without knowing any strategy."""
 
 import tensorflow as tf
+from keras.src.backend.common import symbolic_scope
 
 
 def axes():
@@ -8,7 +9,7 @@ def axes():
 
     Returns:
         dict from name to size, or None where no mesh is in scope. Also in
-        the functions that `fit` traces.
+        the functions that `fit` traces; not while Keras works out shapes.
     """
     strategy = _mesh_strategy()
     return None if strategy is None else strategy.axes
@@ -39,5 +40,7 @@ def constrain(tensor, *spec):
 
 
 def _mesh_strategy():
+    if symbolic_scope.in_symbolic_scope():
+        return None  # Keras asks for shapes: nothing lies anywhere.
     strategy = tf.distribute.get_strategy()
     return strategy if hasattr(strategy, "constrain") else None

@@ -5,17 +5,18 @@ import tensorflow as tf
 from hypothesis import strategies as st
 
 from moe_tf import dispatch
+from moe_tf import plans
 
 
 def plan_of(way, expert_TK, num_experts, size):
     if way == "rows":
-        return dispatch.plan_rows(expert_TK, num_experts)
+        return plans.plan_rows(expert_TK, num_experts)
     if way == "blocks":
-        return dispatch.plan_blocks(expert_TK, num_experts, size)
-    return dispatch.plan_capacity(
+        return plans.plan_blocks(expert_TK, num_experts, size)
+    return plans.plan_capacity(
         expert_TK,
         num_experts,
-        dispatch.capacity(expert_TK.size, num_experts, size / 2),
+        plans.capacity(expert_TK.size, num_experts, size / 2),
         limit_of(way, expert_TK, num_experts, size),
     )
 
@@ -91,7 +92,7 @@ def test_every_kept_assignment_is_computed_once_by_its_expert(
     real_TK = expert_TK < num_experts
     lost = expert_TK[real_TK & ~keep_TK]
     np.testing.assert_array_equal(
-        dispatch.dropped(plan),
+        plans.dropped(plan),
         np.bincount(lost, minlength=num_experts)
         if way != "rows"
         else np.zeros(num_experts),
@@ -130,7 +131,7 @@ def test_gradients_scatter_no_activation():
 
     @tf.function
     def gradient(x_TD, weight_TK):
-        plan = dispatch.plan_rows(expert_TK, 3)
+        plan = plans.plan_rows(expert_TK, 3)
         with tf.GradientTape() as tape:
             tape.watch(x_TD)
             y_SD = dispatch.dispatch(x_TD, plan)
@@ -167,4 +168,4 @@ def test_capacity_is_the_ceiling_of_the_factor_as_written(
     static, num_assignments, num_experts, factor, want
 ):
     number = num_assignments if static else tf.constant(num_assignments)
-    assert int(dispatch.capacity(number, num_experts, factor)) == want
+    assert int(plans.capacity(number, num_experts, factor)) == want

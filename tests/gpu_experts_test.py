@@ -5,6 +5,7 @@ import tensorflow as tf
 
 from moe_tf import dispatch
 from moe_tf import gpu_experts
+from moe_tf import plans
 
 needs_jax = pytest.mark.skipif(
     gpu_experts.obstacle(64, 64, "float32", "relu") is not None,
@@ -53,7 +54,7 @@ def fused(counts, x_TD, in_EDF, out_EFD, dy_TD, **kwargs):
     def run(x_TD, in_EDF, out_EFD, dy_TD):
         with tf.GradientTape() as tape:
             tape.watch((x_TD, in_EDF, out_EFD))
-            plan = dispatch.plan_blocks(expert_TK, len(counts), BLOCK)
+            plan = plans.plan_blocks(expert_TK, len(counts), BLOCK)
             x_SD = dispatch.dispatch(x_TD, plan)
             y_SD = gpu_experts.feed_forward(
                 x_SD, in_EDF, out_EFD, plan, **kwargs
@@ -267,7 +268,7 @@ def test_masked_tokens_have_no_slot():
 
     @tf.function(jit_compile=True)
     def run(x_TD):
-        plan = dispatch.plan_blocks(tf.constant(expert_TK), 2, BLOCK)
+        plan = plans.plan_blocks(tf.constant(expert_TK), 2, BLOCK)
         x_SD = dispatch.dispatch(x_TD, plan)
         y_SD = gpu_experts.feed_forward(x_SD, in_EDF, out_EFD, plan, "relu")
         return dispatch.collect(y_SD, plan)[:, 0]
@@ -291,7 +292,7 @@ def test_assignments_over_the_limit_have_no_slot():
     def run(x_TD, in_EDF, out_EFD):
         with tf.GradientTape() as tape:
             tape.watch((x_TD, in_EDF, out_EFD))
-            plan = dispatch.plan_blocks(expert_TK, 4, BLOCK, limit=130)
+            plan = plans.plan_blocks(expert_TK, 4, BLOCK, limit=130)
             x_SD = dispatch.dispatch(x_TD, plan)
             y_SD = gpu_experts.feed_forward(x_SD, in_EDF, out_EFD, plan, "silu")
             y_TD = dispatch.collect(y_SD, plan)[:, 0]
@@ -323,8 +324,8 @@ def test_refuses_other_plans():
         gpu_experts.feed_forward(x_SD, in_EDF, out_EFD, plan, "relu")
 
     with pytest.raises(ValueError, match="plan of Rows"):
-        run(dispatch.plan_rows(expert_TK, 2), x_TD)
+        run(plans.plan_rows(expert_TK, 2), x_TD)
     with pytest.raises(ValueError, match=r"128 rows.*\(12, 64\), blocks=3"):
-        run(dispatch.plan_blocks(expert_TK, 2, BLOCK), x_TD[:12])
+        run(plans.plan_blocks(expert_TK, 2, BLOCK), x_TD[:12])
     with pytest.raises(ValueError, match="dtype='float64'"):
-        run(dispatch.plan_rows(expert_TK, 2), tf.cast(x_TD, "float64"))
+        run(plans.plan_rows(expert_TK, 2), tf.cast(x_TD, "float64"))

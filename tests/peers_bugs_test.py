@@ -13,8 +13,8 @@ import pytest
 import tensorflow as tf
 
 import moe_tf
-from moe_tf import dispatch
 from moe_tf import gating
+from moe_tf import plans
 from tests import every_router
 
 EVERY = pytest.mark.parametrize("name", every_router.SETTINGS)
@@ -28,7 +28,7 @@ tokens = every_router.tokens
 def test_slot_0_of_an_expert_takes_a_token():
     # keras.io Switch example (keras-core PR #573): the cumulative sum counts
     # from 1, so an expert of capacity C takes C - 1 tokens.
-    plan = dispatch.plan_capacity(np.zeros((5, 1), "int32"), 2, slots=3)
+    plan = plans.plan_capacity(np.zeros((5, 1), "int32"), 2, slots=3)
     none = 2 * 3
     np.testing.assert_array_equal(plan.slot_TK[:, 0], [0, 1, 2, none, none])
     np.testing.assert_array_equal(plan.assignment_S[:3], [0, 1, 2])
@@ -99,7 +99,7 @@ def test_capacity_is_a_multiple_of_the_mean_load(
 ):
     # megablocks PR #125 (read as a number of tokens), fairseq (a fraction of
     # the tokens), Mesh TensorFlow and Lingvo (at least 4, in fours).
-    got = dispatch.capacity(num_assignments, num_experts, factor)
+    got = plans.capacity(num_assignments, num_experts, factor)
     assert got == slots
 
 

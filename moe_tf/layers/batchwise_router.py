@@ -4,8 +4,10 @@ import keras
 from keras import ops
 
 from moe_tf import checks
-from moe_tf import dispatch
 from moe_tf import gating
+from moe_tf import groups
+from moe_tf import plans
+from moe_tf import sharding
 from moe_tf import xla
 from moe_tf.layers import router
 
@@ -25,6 +27,8 @@ class _ByColumn(router.GateRouter):
         """Equation 18 with `m = ceil(k |X| / n)`, over unmasked tokens."""
         # By the softmax's logarithm, which does not underflow.
         score_TE = logits_TE - ops.logsumexp(logits_TE, axis=-1, keepdims=True)
+        if self.num_groups not in (None, 1):
+            return self._take_in_groups(score_TE, mask_T)
         most = self.tokens_an_expert(ops.shape(score_TE)[0])
         num_chosen = most
         if mask_T is not None:
@@ -33,14 +37,27 @@ class _ByColumn(router.GateRouter):
             )
         return gating.batchwise_mask(score_TE, num_chosen, most, mask_T)
 
+    def _take_in_groups(self, score_TE, mask_T):
+        score_GTE, mask_GT = (
+            groups.cut(tensor, self.num_groups) for tensor in (score_TE, mask_T)
+        )
+        number_G = ops.shape(score_GTE)[1]
+        if mask_GT is not None:
+            number_G = ops.sum(ops.cast(mask_GT, "int32"), axis=1)
+        chosen_GTE = gating.group_mask(
+            score_GTE, self.tokens_an_expert(number_G), mask_GT
+        )
+        return ops.reshape(chosen_GTE, ops.shape(score_TE))
+
     def tokens_an_expert(self, num_tokens):
-        return dispatch.capacity(num_tokens * self.k, self.num_experts, 1)
+        return plans.capacity(num_tokens * self.k, self.num_experts, 1)
 
     def gates(self, weight_TE, chosen_TE, mask_T):
         if mask_T is not None:
             chosen_TE = ops.logical_and(chosen_TE, mask_T[:, None])
         most = self.num_experts
-        if not xla.wants_static_shapes():
+        static = xla.wants_static_shapes() or sharding.axes() is not None
+        if self.num_groups in (None, 1) and not static:
             number_T = ops.sum(ops.cast(chosen_TE, "int32"), axis=-1)
             most = ops.max(number_T, initial=1)
         return gating.of_chosen(weight_TE, chosen_TE, most)

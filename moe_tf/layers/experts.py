@@ -4,9 +4,9 @@ import keras
 from keras import ops
 
 from moe_tf import checks
-from moe_tf import dispatch
 from moe_tf import gpu_experts
 from moe_tf import grouped
+from moe_tf import plans
 from moe_tf import xla
 
 
@@ -31,7 +31,7 @@ class Experts(keras.layers.Layer):
 
     Call arguments:
         inputs: float `(S, D)`, slots in the order of `plan`.
-        plan: `dispatch.Rows`, `Blocks` or `Capacity`.
+        plan: `plans.Rows`, `Blocks` or `Capacity`.
         training: bool.
 
     Returns:
@@ -130,7 +130,7 @@ class Experts(keras.layers.Layer):
         return run(inputs, *kernels)
 
     def _are_for_kernels(self, x_SD, plan):
-        if not isinstance(plan, dispatch.Blocks) or not self._has_kernels():
+        if not isinstance(plan, plans.Blocks) or not self._has_kernels():
             return False
         num_slots, num_blocks = x_SD.shape[0], plan.expert_N.shape[0]
         if num_slots is None:

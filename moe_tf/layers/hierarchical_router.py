@@ -1,12 +1,15 @@
 """The gates of the two-level mixture of experts, appendix B."""
 
 import keras
+import tensorflow as tf
 from keras import ops
 
 from moe_tf import checks
 from moe_tf import dispatch
 from moe_tf import gating
 from moe_tf import grouped
+from moe_tf import plans
+from moe_tf import sharding
 from moe_tf.layers import router
 
 
@@ -137,15 +140,24 @@ class HierarchicalRouter(router.Router):
         kernels = [self.secondary_gate_PDQ]
         if training:
             kernels.append(self.secondary_noise_PDQ)
-        plan = dispatch.plan_dropless(group_TK, groups)
         both_PDQ = ops.concatenate(kernels, axis=-1)
-        both_SQ = grouped.apply(
-            grouped.matmul, dispatch.dispatch(x_TD, plan), [both_PDQ], plan
-        )
-        both_TKQ = dispatch.collect(both_SQ, plan)
+        if sharding.axes() is None:
+            both_TKQ = self._of_chosen(x_TD, group_TK, both_PDQ)
+        else:
+            # Each device has every gate, and no plan without a capacity.
+            both_TPQ = tf.einsum("TD,PDQ->TPQ", x_TD, both_PDQ)
+            chosen_TKP = ops.one_hot(group_TK, groups, dtype=both_TPQ.dtype)
+            both_TKQ = tf.einsum("TKP,TPQ->TKQ", chosen_TKP, both_TPQ)
         if not training:
             return both_TKQ, None
         return both_TKQ[..., :group_size], both_TKQ[..., group_size:]
+
+    def _of_chosen(self, x_TD, group_TK, both_PDQ):
+        plan = plans.plan_dropless(group_TK, self.branching[0])
+        both_SQ = grouped.apply(
+            grouped.matmul, dispatch.dispatch(x_TD, plan), [both_PDQ], plan
+        )
+        return dispatch.collect(both_SQ, plan)
 
     def _load(self, primary, chance_TP, chance_TKQ, mask):
         """Equation 14, flat: `(P * Q,)`."""

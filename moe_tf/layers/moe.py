@@ -7,7 +7,10 @@ from keras import ops
 
 from moe_tf import checks
 from moe_tf import dispatch
+from moe_tf import groups
 from moe_tf import metrics
+from moe_tf import plans
+from moe_tf import sharding
 from moe_tf import xla
 from moe_tf.layers import experts
 from moe_tf.layers import router
@@ -67,6 +70,13 @@ class SparseMoE(keras.layers.Layer):
             `"position"`, those that are earlier in the batch, or
             `"gate_value"`, those with larger gate values. Defaults to
             `"position"`.
+        num_groups: optional int, into how many groups a batch's tokens are
+            cut, by their order; each has a capacity of its own, and experts
+            that choose tokens choose in each. On a mesh a multiple of the
+            axis `batch`, so that each device routes its own tokens; since
+            groups decide what is dropped, results do not depend on the
+            devices. Defaults to `None`: one, or on a mesh, where nothing
+            depends on it, as many as the axis is long.
         recompute: bool, whether the experts' hidden activations are computed
             again in the backward pass instead of being kept (appendix D).
             Defaults to `False`. Use it instead of Keras's rematerialization:
@@ -109,6 +119,7 @@ class SparseMoE(keras.layers.Layer):
         capacity_factor=None,
         eval_capacity_factor=None,
         drop_policy="position",
+        num_groups=None,
         recompute=False,
         jit_compile="auto",
         seed=None,
@@ -133,6 +144,8 @@ class SparseMoE(keras.layers.Layer):
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
         self.drop_policy = drop_policy
+        checks.at_least("num_groups", num_groups, 1, none_is_fine=True)
+        self.num_groups = num_groups
         self._router_config = {
             "gating": gating,
             "branching": branching,
@@ -145,6 +158,7 @@ class SparseMoE(keras.layers.Layer):
         self.router = routers.make(
             num_experts, dtype=self.dtype_policy, **self._router_config
         )
+        self.router.num_groups = num_groups
         self.experts = experts.Experts(
             num_experts,
             hidden_units,
@@ -193,17 +207,23 @@ class SparseMoE(keras.layers.Layer):
         if mask is not None:
             _check_mask(mask, inputs)
             mask_T = ops.reshape(ops.cast(mask, "bool"), (-1,))
+        num_groups = self._groups(training)
+        number = ops.shape(x_TD)[0]
+        if num_groups is not None:
+            x_TD, mask_T = groups.padded(x_TD, mask_T, num_groups)
         mixture = self._mixture
         if xla.compiles_part(self.jit_compile, self.experts.in_EDF):
             mixture = xla.compiled(mixture)
-        y_TD, losses, numbers = mixture(x_TD, mask_T, training)
+        y_TD, losses, numbers = mixture(x_TD, mask_T, num_groups, training)
         if training:
             for loss in losses:
                 self.add_loss(loss)
         self.balance.update_state(**numbers)
+        if num_groups is not None:
+            y_TD = y_TD[:number]
         return ops.reshape(y_TD, shape)
 
-    def _mixture(self, x_TD, mask_T, training):
+    def _mixture(self, x_TD, mask_T, num_groups, training):
         """The outputs, the weighted losses, what `balance` is told.
 
         Apart from the noise's seed it changes no state, so that it can be a
@@ -215,42 +235,83 @@ class SparseMoE(keras.layers.Layer):
         routing = self.router(
             ops.cast(x_TD, self.router.dtype), mask=mask_T, training=training
         )
-        plan = self._plan(routing.gates, mask_T, training)
+        weight_TK, expert_TK = routing.gates
+        if num_groups is not None:
+            x_TD, weight_TK, expert_TK, mask_T = (
+                groups.cut(tensor, num_groups)
+                for tensor in (x_TD, weight_TK, expert_TK, mask_T)
+            )
+        plan = self._plan(weight_TK, expert_TK, mask_T, training)
         x_SD = dispatch.dispatch(x_TD, plan)
         y_SD = self.experts(x_SD, plan=plan, training=training)
-        weight_TK = ops.cast(routing.gates.weight_TK, y_SD.dtype)
-        y_TD = dispatch.combine(y_SD, weight_TK, plan)
+        y_TD = dispatch.combine(y_SD, ops.cast(weight_TK, y_SD.dtype), plan)
+        if num_groups is not None:
+            y_TD = ops.reshape(y_TD, (-1, y_TD.shape[-1]))
         numbers = {
             "importance_E": routing.importance_E,
             "load_E": routing.load_E,
             "assigned_E": plan.count_E,
-            "dropped_E": dispatch.dropped(plan),
+            "dropped_E": plans.dropped(plan),
             **routing.losses,
         }
         if self._has_capacity:
-            numbers["effective_capacity_factor"] = dispatch.effective_capacity(
+            numbers["effective_capacity_factor"] = plans.effective_capacity(
                 plan
             )
         return y_TD, self.router.weighted(routing.losses), numbers
 
-    def _plan(self, gates, mask_T, training):
-        weight_TK, expert_TK = gates
-        num_tokens = ops.shape(expert_TK)[0]
+    def _groups(self, training):
+        """The number of groups, or `None` where there is one and no mesh."""
+        axes = sharding.axes()
+        if axes is None:
+            return None if self.num_groups in (None, 1) else self.num_groups
+        size = axes["batch"]
+        number = self.num_groups or size
+        factor = self.capacity_factor if training else self.eval_capacity_factor
+        if self.num_groups is None and size > 1:
+            chooses = self.router.most_tokens(size, training) is not None
+            if factor is not None or chooses:
+                raise ValueError(
+                    f"On a mesh the layer {self.name} needs `num_groups`: "
+                    "groups of tokens decide which are dropped, and the number "
+                    "of devices must not. Give a multiple of the axis batch: "
+                    f"num_groups={size}, say. Received: num_groups=None, "
+                    f"axes={axes}"
+                )
+        if number % size:
+            raise ValueError(
+                f"`num_groups` of the layer {self.name} must be a multiple of "
+                "the mesh's axis batch. "
+                f"Received: num_groups={number}, axes={axes}"
+            )
+        return number
+
+    def _plan(self, weight_TK, expert_TK, mask_T, training):
+        """A plan of all tokens, or with a first axis `G` of its groups."""
+        num_tokens = ops.shape(expert_TK)[-2]
         most = self.router.most_tokens(num_tokens, training)
         factor = self.capacity_factor if training else self.eval_capacity_factor
         slots = limit = priority_TK = None
         if factor is not None:
             slots = limit = self._slots(num_tokens, factor)
             if mask_T is not None:
-                number = ops.sum(ops.cast(mask_T, "int32"))
+                number = ops.sum(ops.cast(mask_T, "int32"), axis=-1)
                 limit = self._slots(number, factor)
             if self.drop_policy == "gate_value":
                 priority_TK = weight_TK
+        if len(expert_TK.shape) == 3:
+            if slots is None:
+                slots = num_tokens if most is None else most
+            if isinstance(limit, int):
+                limit = ops.full((ops.shape(expert_TK)[0],), limit, "int32")
+            return groups.plan(
+                expert_TK, self.num_experts, slots, limit, priority_TK
+            )
         block_size = self.experts.block_size(
             num_tokens, self.router.experts_per_token
         )
         if block_size is not None:
-            return dispatch.plan_blocks(
+            return plans.plan_blocks(
                 expert_TK,
                 self.num_experts,
                 block_size,
@@ -259,14 +320,14 @@ class SparseMoE(keras.layers.Layer):
                 priority_TK,
             )
         if factor is None:
-            return dispatch.plan_dropless(expert_TK, self.num_experts, most)
-        return dispatch.plan_capacity(
+            return plans.plan_dropless(expert_TK, self.num_experts, most)
+        return plans.plan_capacity(
             expert_TK, self.num_experts, slots, limit, priority_TK
         )
 
     def _slots(self, num_tokens, factor):
         num_assignments = num_tokens * self.router.experts_per_token
-        return dispatch.capacity(num_assignments, self.num_experts, factor)
+        return plans.capacity(num_assignments, self.num_experts, factor)
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         call = super().rematerialized_call(layer_call, *args, **kwargs)
@@ -303,6 +364,7 @@ class SparseMoE(keras.layers.Layer):
             "capacity_factor": self.capacity_factor,
             "eval_capacity_factor": self.eval_capacity_factor,
             "drop_policy": self.drop_policy,
+            "num_groups": self.num_groups,
             "recompute": self.experts.recompute,
             "jit_compile": self.jit_compile,
         }

@@ -105,6 +105,7 @@ class Router(keras.layers.Layer):
         if z_loss_weight:
             self.loss_weights["z_loss"] = z_loss_weight
         self.is_taken = False  # by a `SparseMoE`
+        self.num_groups = None  # that of its `SparseMoE`
         self.supports_masking = True
 
     def build(self, input_shape):

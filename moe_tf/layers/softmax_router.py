@@ -1,7 +1,6 @@
 """Routers that take the largest entries of a softmax, without noise."""
 
 import keras
-from keras import ops
 
 from moe_tf import gating
 from moe_tf.layers import router
@@ -117,6 +116,4 @@ class SwitchRouter(SoftmaxTopKRouter):
 
     def gates(self, logits_TE, share_TE):
         _, expert_TK = gating.top_k_and_next(logits_TE, 1)
-        return gating.Gates(
-            ops.take_along_axis(share_TE, expert_TK, axis=-1), expert_TK
-        )
+        return gating.Gates(gating.entries(share_TE, expert_TK), expert_TK)

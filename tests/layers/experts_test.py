@@ -4,6 +4,7 @@ import tensorflow as tf
 
 from moe_tf import dispatch
 from moe_tf import grouped
+from moe_tf import plans
 from moe_tf.layers import experts
 
 
@@ -41,15 +42,15 @@ def test_all_plans_give_the_same(num_experts, k, num_tokens):
     expert_TK = np.stack(
         [rng.permutation(num_experts)[:k] for _ in range(num_tokens)]
     ).astype("int32")
-    plans = [
-        dispatch.plan_rows(expert_TK, num_experts),
-        dispatch.plan_blocks(expert_TK, num_experts, 8),
-        dispatch.plan_blocks(expert_TK, num_experts, 1),
-        dispatch.plan_capacity(expert_TK, num_experts, k * num_tokens),
+    every = [
+        plans.plan_rows(expert_TK, num_experts),
+        plans.plan_blocks(expert_TK, num_experts, 8),
+        plans.plan_blocks(expert_TK, num_experts, 1),
+        plans.plan_capacity(expert_TK, num_experts, k * num_tokens),
     ]
     variables = [layer.in_EDF.value, layer.out_EFD.value]
     results = []
-    for plan in plans:
+    for plan in every:
         with tf.GradientTape() as tape:
             tape.watch(x_TD)
             y_SD = layer(dispatch.dispatch(x_TD, plan), plan=plan)
@@ -75,7 +76,7 @@ def test_work_follows_the_assignments_and_not_the_experts(num_experts):
     expert_TK = np.stack(
         [rng.permutation(num_experts)[:2] for _ in range(64)]
     ).astype("int32")
-    plan = dispatch.plan_rows(expert_TK, num_experts)
+    plan = plans.plan_rows(expert_TK, num_experts)
     layer(dispatch.dispatch(tf.ones((64, 8)), plan), plan=plan)
     assert sum(rows) == 64 * 2
 
@@ -97,7 +98,7 @@ def test_very_many_experts_run_in_a_loop(masked, recompute, graph, monkeypatch):
     variables = [layer.in_EDF.value, layer.out_EFD.value]
 
     def step(x_TD):
-        plan = dispatch.plan_rows(expert_TK, 7)
+        plan = plans.plan_rows(expert_TK, 7)
         with tf.GradientTape() as tape:
             tape.watch(x_TD)
             y_SD = layer(dispatch.dispatch(x_TD, plan), plan=plan)
@@ -122,7 +123,7 @@ def test_a_graph_of_very_many_experts_is_small(monkeypatch):
 
         @tf.function
         def run(expert_TK, layer=layer):
-            plan = dispatch.plan_rows(expert_TK, 7)
+            plan = plans.plan_rows(expert_TK, 7)
             return layer(tf.zeros((18, 6)), plan=plan)
 
         graph = run.get_concrete_function(tf.TensorSpec((9, 2), "int32")).graph

@@ -1,0 +1,118 @@
+"""Tokens in groups, and their plan: what experts on a mesh of devices need.
+
+Which tokens are dropped depends on the groups and on nothing else, so that the
+number of devices changes no result. All tables are made group by group, with
+sorts and gathers that devices do on their own groups.
+"""
+
+import tensorflow as tf
+from keras import ops
+
+from moe_tf import plans
+from moe_tf import sharding
+
+
+def plan(expert_GTK, num_experts, slots, limit_G=None, priority_GTK=None):
+    """`plans.Groups` with `slots` slots of each group at every expert.
+
+    Args:
+        expert_GTK: int32, the experts that the `T` tokens of each group chose;
+            `num_experts` for none.
+        num_experts: int, `E`.
+        slots: int, `C`.
+        limit_G: optional int32, how many of them an expert may use of each
+            group. Defaults to all.
+        priority_GTK: optional float; the assignments of the highest priority
+            are kept. By default those of the earliest tokens are.
+    """
+    num_groups, num_tokens, k = ops.shape(expert_GTK)
+    flat = num_groups, num_tokens * k
+    expert_GA = ops.reshape(expert_GTK, flat)
+    if priority_GTK is None:
+        order_GA = tf.argsort(expert_GA, stable=True)
+    else:
+        first_GA = tf.argsort(-ops.reshape(priority_GTK, flat), stable=True)
+        order_GA = _pick(
+            first_GA, tf.argsort(_pick(expert_GA, first_GA), stable=True)
+        )
+    row_GA = tf.argsort(order_GA, stable=True)  # the inverse
+    count_GE = _count(expert_GTK, num_experts)
+    if limit_G is None:
+        limit_G = ops.full((num_groups,), slots, dtype="int32")
+    limit_G1 = limit_G[:, None]
+    offset_GE = ops.cumsum(count_GE, axis=-1) - count_GE
+    placed_GE = plans.placed(count_GE, limit_G1)
+
+    position_C = ops.arange(slots, dtype="int32")
+    row_GS = _flat(offset_GE[..., None] + position_C)
+    full_GS = _flat(position_C < placed_GE[..., None])
+    assignment_GS = _pick(order_GA, ops.where(full_GS, row_GS, 0))
+    assignment_GS = ops.where(full_GS, assignment_GS, num_tokens * k)
+
+    known_GA = ops.minimum(expert_GA, num_experts - 1)
+    position_GA = row_GA - _pick(offset_GE, known_GA)
+    placed_GA = ops.logical_and(
+        expert_GA < num_experts, position_GA < _pick(placed_GE, known_GA)
+    )
+    slot_GA = ops.where(
+        placed_GA, known_GA * slots + position_GA, num_experts * slots
+    )
+    return plans.Groups(
+        assignment_GS,
+        ops.reshape(slot_GA, (num_groups, num_tokens, k)),
+        count_GE,
+        limit_G1,
+    )
+
+
+def padded(x_TD, mask_T, num_groups):
+    """Tokens and mask with masked tokens appended until groups are alike.
+
+    Raises:
+        ValueError: on a mesh, where devices hold their tokens already.
+    """
+    number = ops.shape(x_TD)[0]
+    missing = -number % num_groups
+    if isinstance(missing, int) and missing == 0:
+        return x_TD, mask_T
+    if sharding.axes() is not None:
+        raise ValueError(
+            "On a mesh `num_groups` must divide the number of tokens of a "
+            f"batch, padding included. Received: num_groups={num_groups}, "
+            f"tokens={number}"
+        )
+    if mask_T is None:
+        mask_T = ops.ones((number,), "bool")
+    x_TD = tf.pad(x_TD, [[0, missing], [0, 0]])
+    return x_TD, tf.pad(mask_T, [[0, missing]])
+
+
+def cut(x, num_groups):
+    """`(T, ...)` as `(G, T / G, ...)`, by order; `None` stays."""
+    if x is None:
+        return None
+    rest = ops.shape(x)[1:]
+    return sharding.constrain(
+        ops.reshape(x, (num_groups, -1, *rest)),
+        "batch",
+        *[None] * (len(rest) + 1),
+    )
+
+
+def _pick(x_GN, index_GM):
+    return tf.gather(x_GN, index_GM, batch_dims=1)
+
+
+def _flat(x_GEC):
+    num_groups, num_experts, slots = ops.shape(x_GEC)
+    return ops.reshape(x_GEC, (num_groups, num_experts * slots))
+
+
+def _count(expert_GTK, num_experts):
+    """How often each expert is chosen in each group, column by column."""
+
+    def column(j):
+        chosen_GTE = ops.one_hot(expert_GTK[..., j], num_experts, dtype="int32")
+        return ops.sum(chosen_GTE, axis=1)
+
+    return sum(column(j) for j in range(expert_GTK.shape[-1]))
