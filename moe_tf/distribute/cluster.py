@@ -184,8 +184,17 @@ def _from_slurm():
     return cluster
 
 
+def joined():
+    """The `Cluster` that this process has started in; else None."""
+    if not accelerator_util.is_initialized():
+        return None
+    return Cluster(dtensor.jobs(), dtensor.client_id())
+
+
 def start(cluster, devices_per_process, device_type="CPU"):
     """Connects the processes; before anything else uses TensorFlow.
+
+    `MeshStrategy` calls it with what `resolve` finds; others need not.
 
     Waits until all have started, up to an hour, and meanwhile no SIGTERM ends
     the process. Afterwards `dtensor.create_distributed_mesh` makes meshes of
@@ -219,6 +228,7 @@ def start(cluster, devices_per_process, device_type="CPU"):
         return
     _refuse_what_has_started()
     _check_gpus(devices_per_process, device_type)
+    use_nccl(device_type)
     if cluster.num_processes > 1:
         os.environ.update(
             DTENSOR_CLIENT_ID=str(cluster.process_id),
@@ -264,6 +274,12 @@ def _refuse_what_has_started():
             "`addresses`, or TF_CONFIG. "
             f"Received: DTENSOR_JOBS={os.environ['DTENSOR_JOBS']}"
         )
+
+
+def use_nccl(device_type):
+    """Lets GPUs talk to each other by NCCL; else all goes through hosts."""
+    if device_type == "GPU":
+        os.environ.setdefault("DTENSOR_GPU_USE_NCCL_COMMUNICATION", "1")
 
 
 def _check_gpus(number, device_type):

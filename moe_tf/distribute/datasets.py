@@ -2,7 +2,17 @@
 
 import tensorflow as tf
 
+from moe_tf.distribute import peers
 from moe_tf.distribute import placement
+
+_WHOLE = tf.data.experimental.AutoShardPolicy.DATA
+
+
+def shard_batches(dataset):
+    """See `MeshStrategy.shard_batches`."""
+    options = tf.data.Options()
+    options.experimental_distribute.auto_shard_policy = _WHOLE
+    return dataset.with_options(options)
 
 
 class MeshDataset:
@@ -10,6 +20,10 @@ class MeshDataset:
 
     Not a `tf.data.Dataset`: its iterator would take Keras's steps through
     `tf.experimental.Optional`, which DTensor cannot lay out.
+
+    Several processes must read as many batches, of equal shapes. A dataset
+    whose `auto_shard_policy` is `DATA`, as Keras makes them of arrays, has
+    batches that all processes read whole; others have this process's part.
 
     Args:
         dataset: `tf.data.Dataset` of batches.
@@ -19,11 +33,14 @@ class MeshDataset:
     def __init__(self, dataset, strategy):
         self._dataset = dataset
         self._strategy = strategy
+        options = dataset.options().experimental_distribute
+        self._whole = options.auto_shard_policy == _WHOLE
         self.element_spec = dataset.element_spec
 
     def __iter__(self):
         with placement.host():
-            return MeshIterator(iter(self._dataset), self._strategy)
+            iterator = iter(self._dataset)
+        return MeshIterator(iterator, self._strategy, self._whole)
 
     def cardinality(self):
         return self._dataset.cardinality()
@@ -32,17 +49,27 @@ class MeshDataset:
 class MeshIterator:
     """Places one batch after another."""
 
-    def __init__(self, iterator, strategy):
+    def __init__(self, iterator, strategy, whole):
         self._iterator = iterator
         self._strategy = strategy
+        self._whole = whole
+        self._drawn = 0
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        batch = next(self._iterator)
         try:
-            return self._strategy.put_batch(batch)
+            batch = next(self._iterator)
+        except StopIteration:
+            peers.agree("the end of the data after {} batches", self._drawn)
+            raise
+        self._drawn += 1
+        if self._strategy.num_processes > 1:
+            describe = peers.digest if self._whole else peers.describe
+            peers.agree("batch {}", self._drawn, describe(batch))
+        try:
+            return self._strategy.put_batch(batch, self._whole)
         except tf.errors.OutOfRangeError as error:
             raise not_the_end(error, "A batch could not be placed") from error
 

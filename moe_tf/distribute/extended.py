@@ -161,11 +161,7 @@ class MeshExtended(dtensor_strategy_extended.DTensorStrategyExtended):
         return datasets.MeshDataset(dataset, self._container_strategy())
 
     def _distribute_datasets_from_function(self, dataset_fn, options):
-        context = tf.distribute.InputContext(
-            num_input_pipelines=dtensor.num_clients(),
-            input_pipeline_id=dtensor.client_id(),
-            num_replicas_in_sync=1,
-        )
+        context = self._container_strategy().input_context
         return self._experimental_distribute_dataset(
             dataset_fn(context), options
         )

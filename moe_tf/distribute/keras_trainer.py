@@ -4,6 +4,7 @@
 it hands `train_on_batch`'s arrays to the step as they are, takes any
 `OutOfRangeError` for the end of the data, draws a batch to build the model
 from and throws it away, and reads predictions as if one device held them.
+Besides, several processes must come in and out together, and see why not.
 Models of other strategies, or of none, are not touched.
 """
 
@@ -18,6 +19,7 @@ from tensorflow.experimental import dtensor
 from tensorflow.python.eager import context
 
 from moe_tf.distribute import datasets
+from moe_tf.distribute import peers
 from moe_tf.distribute import placement
 
 
@@ -30,6 +32,12 @@ def install():
         ("_make_function", _placing_batches),
         ("make_predict_function", _fetching_predictions),
         ("_maybe_symbolic_build", _building_from_specs),
+        ("fit", _ending_together),
+        ("evaluate", _ending_together),
+        ("predict", _ending_together),
+        ("train_on_batch", _beginning_together),
+        ("test_on_batch", _beginning_together),
+        ("predict_on_batch", _beginning_together),
     ):
         method = getattr(TensorFlowTrainer, name)
         extended = functools.wraps(method)(extend(method))
@@ -101,6 +109,7 @@ def _building_from_specs(maybe_symbolic_build):
 
     def build(self, iterator=None, data_batch=None):
         if _mesh_strategy(self) is not None and iterator is not None:
+            _agree_on_length(iterator.num_batches)
             spec = iterator._distributed_dataset.element_spec
             parts = tf.nest.flatten(spec)
             if all(_has_rank(part) for part in parts):
@@ -110,6 +119,42 @@ def _building_from_specs(maybe_symbolic_build):
         )
 
     return build
+
+
+def _agree_on_length(num_batches):
+    if num_batches is None:
+        peers.agree("data of unknown length")
+    else:
+        peers.agree("data of {} batches", num_batches)
+
+
+def _ending_together(method):
+    """Of `fit`, `evaluate`, `predict`: no process ends it before others."""
+
+    def run(self, *args, **kwargs):
+        if _mesh_strategy(self) is None:
+            return method(self, *args, **kwargs)
+        with peers.noticing_losses():
+            result = method(self, *args, **kwargs)
+        peers.agree(f"the end of `{method.__name__}`")
+        return result
+
+    return run
+
+
+def _beginning_together(method):
+    """Of `train_on_batch` and its like."""
+
+    def run(self, *args, **kwargs):
+        if _mesh_strategy(self) is None:
+            return method(self, *args, **kwargs)
+        if dtensor.num_clients() > 1:
+            detail = f"{method.__name__} {peers.describe((args, kwargs))}"
+            peers.agree("a method for one batch", 0, detail)
+        with peers.noticing_losses():
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 def _has_rank(spec):
@@ -123,7 +168,8 @@ def _finishing_steps():
         yield
         context.async_wait()
     except (tf.errors.OutOfRangeError, StopIteration) as error:
-        raise datasets.not_the_end(error, "A step failed") from error
+        lost = peers.explain(error) if hasattr(error, "op") else None
+        raise lost or datasets.not_the_end(error, "A step failed") from error
 
 
 def _fetch(output):

@@ -3,6 +3,7 @@
 import itertools
 import math
 import operator
+import os
 
 import keras
 import tensorflow as tf
@@ -10,6 +11,7 @@ from tensorflow.dtensor.python import accelerator_util
 from tensorflow.experimental import dtensor
 
 from moe_tf.distribute import all_reduces
+from moe_tf.distribute import cluster as clusters
 
 AXES = ("batch", "expert", "model")
 
@@ -24,11 +26,15 @@ def create(axes, device_type=None, devices=None):
         devices: optional list of names such as `"GPU:1"`, one for each place
             of the mesh. Defaults to the first ones.
 
+    Where this process has been started as one of several (`cluster`), they
+    are connected first, and the mesh has the devices of all.
+
     Returns:
         `dtensor.Mesh`
 
     Raises:
-        ValueError: an argument is not as above, or there are fewer devices.
+        ValueError: an argument is not as above, or there are fewer devices,
+            or processes would not have equally many.
         RuntimeError: another strategy is in use, TensorFlow has started
             without the devices, or all-reduces are merged.
     """
@@ -46,8 +52,9 @@ def create(axes, device_type=None, devices=None):
             '`device_type` must be "CPU", "GPU", "TPU" or None. '
             f"Received: device_type={device_type}"
         )
-    if dtensor.num_clients() > 1:
-        return _across_processes(axes, size, device_type, devices)
+    cluster = clusters.joined() or clusters.resolve()
+    if cluster.num_processes > 1:
+        return _across_processes(axes, cluster, device_type, devices)
     if device_type == "CPU":
         _configure_cpus(max(size, _largest_index(devices) + 1), axes)
     else:
@@ -57,28 +64,44 @@ def create(axes, device_type=None, devices=None):
     return dtensor.create_mesh(list(axes.items()), devices=list(devices))
 
 
-def _across_processes(axes, size, device_type, devices):
-    """A mesh of all devices of processes that are connected already."""
+def _across_processes(axes, cluster, device_type, devices):
+    """A mesh of all devices of several processes."""
     if devices is not None:
         raise ValueError(
             "A mesh of several processes takes all of their devices; leave "
             f"`devices` out. Received: devices={devices}"
         )
-    if not accelerator_util.is_initialized():
-        raise RuntimeError(
-            "The processes are not connected: call "
-            "`moe_tf.distribute.cluster.start` before the strategy is made."
-        )
-    there = dtensor.num_global_devices(device_type)
-    if there != size:
+    per_process = _devices_per_process(axes, cluster)
+    if clusters.joined() is None:
+        clusters.start(cluster, per_process, device_type)
+    there = dtensor.num_local_devices(device_type)
+    if there != per_process:
         raise ValueError(
-            f"axes={axes} take {size} {device_type} devices, but "
-            f"{dtensor.num_clients()} processes have {there}, and a mesh "
-            "takes all of them."
+            f"axes={axes} take {per_process} {device_type} devices of each of "
+            f"{cluster.num_processes} processes, and a mesh takes all of "
+            f"them, but this process has started with {there}."
         )
     return dtensor.create_distributed_mesh(
         list(axes.items()), device_type=device_type
     )
+
+
+def _devices_per_process(axes, cluster):
+    number, size = cluster.num_processes, math.prod(axes.values())
+    if size % number:
+        raise ValueError(
+            f"{number} processes must have equally many of the {size} devices "
+            f"that axes={axes} take: a multiple of {number} in all."
+        )
+    told = os.environ.get("MOE_TF_DEVICES_PER_PROCESS", str(size // number))
+    if told != str(size // number):
+        raise ValueError(
+            f"axes={axes} take {size // number} devices of each of {number} "
+            "processes. Change the axes, or `--devices_per_process` of "
+            "`moe-tf-launch`. Received: MOE_TF_DEVICES_PER_PROCESS="
+            f"{told}"
+        )
+    return size // number
 
 
 def check_axes(axes):
@@ -155,7 +178,7 @@ def _configure_cpus(count, axes):
 
 
 def _start_accelerators(device_type, size, axes):
-    there = len(tf.config.list_physical_devices(device_type))
+    there = len(tf.config.get_visible_devices(device_type))
     if there < size:
         fits = nearest(axes, there) if there else "device_type='CPU'"
         raise ValueError(
@@ -164,6 +187,7 @@ def _start_accelerators(device_type, size, axes):
         )
     if accelerator_util.is_initialized():
         return
+    clusters.use_nccl(device_type)
     try:
         dtensor.initialize_accelerator_system(device_type)
     except ValueError as error:

@@ -1,8 +1,12 @@
 """Puts values of this process onto a mesh, and brings them back."""
 
+import math
+
 import numpy as np
 import tensorflow as tf
 from tensorflow.experimental import dtensor
+
+_PIECE_BYTES = 64 * 2**20
 
 
 def layout(mesh, spec):
@@ -42,15 +46,16 @@ def get(tensor):
         tensor: DTensor
 
     Returns:
-        numpy array, put together on the host. No device holds it whole, but
-        where there are several processes, all of which must ask for it.
+        numpy array, put together on the host. Several processes must all ask
+        for it, and then every device holds up to 64 MiB of it beside its own
+        shard (more if a slice of one along its longest unsharded dimension
+        is larger).
     """
     where = dtensor.fetch_layout(tensor)
     if where.is_fully_replicated():
         return dtensor.unpack(tensor)[0].numpy()
     if dtensor.num_clients() > 1:
-        whole = layout(where.mesh, (None,) * tensor.shape.rank)
-        return dtensor.unpack(dtensor.relayout(tensor, whole))[0].numpy()
+        return _get_across_processes(tensor, where)
     result = np.empty(tensor.shape, tensor.dtype.as_numpy_dtype)
     places = _local_places(tensor.shape, where)
     shards = dict(zip(places, dtensor.unpack(tensor), strict=True))
@@ -59,35 +64,91 @@ def get(tensor):
     return result
 
 
-def put_batch(value, mesh):
-    """A DTensor of this process's part of a batch.
+def _get_across_processes(tensor, where):
+    """Piece by piece along the longest unsharded dimension."""
+    whole = layout(where.mesh, (None,) * tensor.shape.rank)
+    size = math.prod(tensor.shape) * tensor.dtype.size
+    unsharded = [
+        dimension
+        for dimension, axis in enumerate(where.sharding_specs)
+        if axis == dtensor.UNSHARDED
+    ]
+    if size <= _PIECE_BYTES or not unsharded:
+        return dtensor.unpack(dtensor.relayout(tensor, whole))[0].numpy()
+    cut = max(unsharded, key=lambda dimension: tensor.shape[dimension])
+    length = max(1, tensor.shape[cut] * _PIECE_BYTES // size)
+    pieces = []
+    for start in range(0, tensor.shape[cut], length):
+        begin = [start if d == cut else 0 for d in range(tensor.shape.rank)]
+        extent = list(tensor.shape)
+        extent[cut] = min(length, tensor.shape[cut] - start)
+        piece = tf.slice(tensor, begin, extent)
+        pieces.append(dtensor.unpack(dtensor.relayout(piece, whole))[0].numpy())
+    return np.concatenate(pieces, axis=cut)
+
+
+def put_batch(value, mesh, whole):
+    """A DTensor of a batch.
 
     Args:
         value: `tf.Tensor` whose first dimension counts examples.
         mesh: `dtensor.Mesh` with an axis `batch`.
+        whole: bool, whether `value` is the batch, equal in all processes, or
+            the part of it that the devices of this process work on.
 
     Returns:
-        DTensor sharded over `batch`; whole on every device if the axis does
-        not divide the examples, and for a scalar.
+        DTensor sharded over `batch`. One of a whole batch is whole on every
+        device if the axis does not divide the examples; so is a scalar.
     """
+    rank = value.shape.rank
+    if not rank or whole or dtensor.num_clients() == 1:
+        divides = rank and value.shape[0] % mesh.dim_size("batch") == 0
+        spec = ("batch" if divides else None,) + (None,) * rank
+        return put(value, layout(mesh, spec[:rank]))
     rows = [place["batch"] for place in mesh.local_device_locations()]
     parts = sorted(set(rows))
-    rank = value.shape.rank
-    if not rank or value.shape[0] % len(parts):
-        if rank and dtensor.num_clients() > 1:
-            raise ValueError(
-                f"The part of a batch that each process reads must have a "
-                f"multiple of {len(parts)} examples, one or more for each of "
-                "its devices; use `drop_remainder=True`. "
-                f"Received: {value.shape[0]} examples"
-            )
-        return put(value, layout(mesh, (None,) * rank))
+    if value.shape[0] % len(parts):
+        raise ValueError(
+            "The part of a batch that a process reads must have a multiple "
+            f"of {len(parts)} examples, as many for each of its devices. Use "
+            "`drop_remainder=True`, or let all read whole batches "
+            "(`MeshStrategy.shard_batches`). "
+            f"Received: {value.shape[0]} examples"
+        )
     with host():
         shards = dict(zip(parts, tf.split(value, len(parts)), strict=True))
     return dtensor.pack(
         [shards[row] for row in rows],
         layout(mesh, ("batch",) + (None,) * (rank - 1)),
     )
+
+
+def own_part(axes, number, index):
+    """Which part of a batch the devices of a process work on.
+
+    Args:
+        axes: dict from axis to size, in the order of the devices.
+        number: int, processes; each has equally many devices.
+        index: int, the process.
+
+    Returns:
+        `(number of parts, index of the part)`; processes that differ along
+        other axes alone share a part.
+
+    Raises:
+        ValueError: the devices of processes do not make up such parts.
+    """
+    places = np.indices(axes.values())[list(axes).index("batch")]
+    rows = [sorted(set(row)) for row in places.reshape(number, -1).tolist()]
+    length = len(rows[0])
+    for row in rows:
+        if row[0] % length or row != list(range(row[0], row[0] + length)):
+            raise ValueError(
+                "Processes must have whole parts of a batch: put the axis "
+                "`batch` first, and make its size a multiple or a divisor of "
+                f"the number of processes, {number}. Received: axes={axes}"
+            )
+    return axes["batch"] // length, rows[index][0] // length
 
 
 def _local_places(shape, layout):

@@ -7,6 +7,7 @@ from keras.src.backend.common import global_state
 from keras.src.backend.common.name_scope import current_path
 from tensorflow.experimental import dtensor
 
+from moe_tf.distribute import peers
 from moe_tf.distribute import placement
 
 
@@ -16,7 +17,8 @@ class MeshVariable(dtensor.DVariable):
     It can be read and assigned as any other: `numpy()` gives all of it, put
     together on the host, and a value of this process that is assigned is cut
     on the host. No device holds a sharded variable whole. It keeps its layout
-    whatever is assigned.
+    whatever is assigned. Where there are several processes all must read a
+    sharded variable, and assign equal values.
 
     Sparse updates (`tf.IndexedSlices`, the gradients of embeddings) become
     dense ones: DTensor cannot lay scatters out. That happens here, where
@@ -33,6 +35,8 @@ class MeshVariable(dtensor.DVariable):
     path = spec = rule = None  # TensorFlow lets no arguments be added.
 
     def numpy(self):
+        if any(self.spec):
+            peers.agree("reading a sharded variable", 0, self.path)
         return placement.get(self.read_value())
 
     def __array__(self, dtype=None, copy=None):

@@ -9,10 +9,10 @@ import subprocess
 import sys
 
 import pytest
+import tensorflow as tf
 
 from moe_tf.distribute import cluster as clusters
 from tests.distribute import process
-from trainers import launch
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAIR = ("a:1", "b:2")
@@ -186,22 +186,7 @@ os.write(2, f"{cluster.process_id} {total}\\n".encode())
 """
 
 
-def test_two_processes_sum_over_one_mesh():
-    done = subprocess.run(
-        [sys.executable, "-m", "trainers.launch", "--num_processes=2", "--"]
-        + [sys.executable, "-c", STEPS + "dtensor.barrier(mesh)"],
-        cwd=ROOT,
-        capture_output=True,
-        timeout=200,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    # Each device has three of its own number: 3 (0 + 1 + 2 + 3).
-    assert re.search(r"^0 18\.0$", done.stderr, re.M)
-    assert re.search(r"^\[1\] 1 18\.0$", done.stderr, re.M)
-
-
-def test_sigterm_ends_connected_processes():
+def test_two_processes_sum_over_one_mesh_and_end_by_sigterm():
     """TensorFlow takes SIGTERM and does nothing; they would be killed."""
     launcher = subprocess.Popen(
         [sys.executable, "-m", "trainers.launch", "--num_processes=2", "--"]
@@ -221,89 +206,43 @@ def test_sigterm_ends_connected_processes():
     finally:
         launcher.kill()
         launcher.communicate()
+    # Each device has three of its own number: 3 (0 + 1 + 2 + 3).
+    assert re.search(r"^0 18\.0$", printed, re.M)
+    assert re.search(r"^\[1\] 1 18\.0$", printed, re.M)
     assert launcher.returncode == 128 + signal.SIGTERM, printed
     assert "killing" not in printed
 
 
-LOST = """
-if cluster.process_id == {dying}:
-    for _ in range(5):
-        step(values)
-    os.kill(os.getpid(), signal.SIGKILL)
-try:
-    while True:
-        last = time.monotonic()
-        step(values).numpy()
-except tf.errors.UnavailableError as error:
-    seconds = time.monotonic() - last
-    os.write(1, f"{{seconds}} {{error.message}}\\n".encode())
-    raise
-"""
+def start_in_many_ways():
+    """Messages of the calls that fail."""
+    alone, found = clusters.Cluster(), {}
 
+    def start(name, devices, device_type="CPU"):
+        try:
+            clusters.start(alone, devices, device_type)
+        except (ValueError, RuntimeError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
 
-@pytest.mark.parametrize("dying", [0, 1])
-def test_a_lost_process_is_an_error_in_the_others(dying):
-    """Without the launcher, as on two machines."""
-    places = launch.environments(launch.free_ports(2), None, os.environ)
-    pair = [
-        subprocess.Popen(
-            [sys.executable, "-c", STEPS + LOST.format(dying=dying)],
-            cwd=ROOT,
-            env=place,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for place in places
-    ]
-    try:
-        told, errors = pair[1 - dying].communicate(timeout=200)
-        assert pair[dying].wait(timeout=10) == -signal.SIGKILL
-    finally:
-        for each in pair:
-            each.kill()
-            each.communicate()
-    assert pair[1 - dying].returncode == 1, errors
-    # Well below the 10 seconds of a missed heartbeat, on a busy machine too.
-    assert float(told.split()[0]) < 8
-    assert f"/task:{dying}" in told
-
-
-def start_in_this_process(devices, device_type="CPU", run_before=""):
-    """What `start` raises; twice with equal arguments if it does not."""
-    import tensorflow as tf
-
-    from moe_tf.distribute import cluster
-
-    exec(run_before)
-    try:
-        cluster.start(cluster.resolve(), devices, device_type)
-        cluster.start(cluster.resolve(), devices, device_type)
-        there = len(tf.config.list_logical_devices("CPU"))
-        cluster.start(cluster.resolve(), devices + 1, device_type)
-    except (ValueError, RuntimeError, tf.errors.OpError) as error:
-        return type(error).__name__, str(error), locals().get("there")
+    start("gpus", 2, "GPU")
+    os.environ["DTENSOR_JOBS"] = "a:1,b:2"
+    start("environment", 3)
+    del os.environ["DTENSOR_JOBS"]
+    assert clusters.joined() is None
+    start("first", 3)
+    start("equal", 3)
+    start("other", 4)
+    assert clusters.joined() == alone
+    return found, len(tf.config.list_logical_devices("CPU"))
 
 
 def test_starts_once():
-    name, message, there = process.run(start_in_this_process, 3)
-    assert (name, there) == ("RuntimeError", 3)
-    assert "A process starts once" in message
-
-
-def test_refuses_to_start_after_tensorflow():
-    name, message, _ = process.run(
-        start_in_this_process, 2, "CPU", "tf.constant(1)"
-    )
-    assert name == "RuntimeError"
-    assert "TensorFlow has started already. Connect the processes" in message
-
-
-def test_refuses_other_settings_of_dtensor(monkeypatch):
-    monkeypatch.setenv("DTENSOR_JOBS", "a:1,b:2")
-    name, message, _ = process.run(start_in_this_process, 2)
-    assert name == "RuntimeError"
-    assert "Received: DTENSOR_JOBS=a:1,b:2" in message
+    found, devices = process.run(start_in_many_ways)
+    assert devices == 3
+    assert found.keys() == {"gpus", "environment", "other"}
+    assert "ValueError: `devices_per_process` must be the" in found["gpus"]
+    assert "devices_per_process=2, and 0 are visible" in found["gpus"]
+    assert "Received: DTENSOR_JOBS=a:1,b:2" in found["environment"]
+    assert "RuntimeError: A process starts once" in found["other"]
 
 
 @pytest.mark.parametrize(
@@ -316,9 +255,3 @@ def test_refuses_other_settings_of_dtensor(monkeypatch):
 def test_refuses_to_start(devices, device_type, message):
     with pytest.raises(ValueError, match=message):
         clusters.start(clusters.Cluster(), devices, device_type)
-
-
-def test_refuses_gpus_that_are_not_there():
-    name, message, _ = process.run(start_in_this_process, 2, "GPU")
-    assert name == "ValueError"
-    assert "devices_per_process=2, and 0 are visible" in message

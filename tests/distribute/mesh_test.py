@@ -1,10 +1,15 @@
 """Making meshes: settings that are refused, devices that are found."""
 
+import json
+import re
+
 import pytest
 import tensorflow as tf
 
 from moe_tf.distribute import MeshStrategy
+from moe_tf.distribute import cluster
 from moe_tf.distribute import mesh as meshes
+from moe_tf.distribute import placement
 from tests.distribute import process
 
 
@@ -71,34 +76,95 @@ def devices(axes, **kwargs):
     return mesh.shape(), [d.split("device:")[1] for d in mesh.local_devices()]
 
 
-@pytest.mark.parametrize(
-    "names,expected",
-    [(None, ["CPU:0", "CPU:1"]), (["CPU:2", "CPU:1"], ["CPU:2", "CPU:1"])],
-)
-def test_virtual_devices(names, expected):
-    call = process.run(two_devices, names)
-    assert call == ([2, 1], expected)
+def several_meshes():
+    names = ["CPU:2", "CPU:1"]
+    return (
+        devices({"batch": 2, "expert": 1}, devices=names),
+        devices({"batch": 2}),
+        len(tf.config.list_logical_devices("CPU")),
+    )
 
 
-def two_devices(names):
-    return devices({"batch": 2, "expert": 1}, devices=names)
+def test_virtual_devices():
+    assert process.run(several_meshes) == (
+        ([2, 1], ["CPU:2", "CPU:1"]),
+        ([2], ["CPU:0", "CPU:1"]),
+        3,
+    )
 
 
 def start_first():
     tf.constant(1.0) + 1.0
-    MeshStrategy({"batch": 4})
+    calls = {
+        "one": lambda: MeshStrategy({"batch": 4}),
+        "several": lambda: cluster.start(cluster.Cluster(), 2),
+    }
+    found = {}
+    for name, call in calls.items():
+        with pytest.raises(RuntimeError) as raised:
+            call()
+        found[name] = str(raised.value)
+    return found
 
 
 def test_tensorflow_has_started():
+    found = process.run(start_first)
     message = r"has started with 1.*Make the strategy before(.|\n)*'batch': 1"
-    with pytest.raises(process.Failed, match=message):
-        process.run(start_first)
+    assert re.search(message, found["one"])
+    assert "TensorFlow has started already. Connect" in found["several"]
 
 
-def twice():
-    MeshStrategy({"batch": 4})
-    return devices({"batch": 2})
+CLUSTER = {"cluster": {"worker": ["localhost:9999", "localhost:9998"]}}
 
 
-def test_a_second_smaller_mesh():
-    assert process.run(twice) == ([2], ["CPU:0", "CPU:1"])
+@pytest.fixture
+def second_of_two(monkeypatch):
+    place = {**CLUSTER, "task": {"type": "worker", "index": 1}}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(place))
+
+
+@pytest.mark.parametrize(
+    "axes,told,message",
+    [
+        ({"batch": 3}, None, "2 processes must have equally many of the 3 dev"),
+        ({"batch": 8}, "2", "take 4 devices of each.*_PER_PROCESS=2"),
+    ],
+)
+def test_processes_that_do_not_divide(
+    axes, told, message, second_of_two, monkeypatch
+):
+    if told:
+        monkeypatch.setenv("MOE_TF_DEVICES_PER_PROCESS", told)
+    with pytest.raises(ValueError, match=message):
+        MeshStrategy(axes, device_type="CPU")
+
+
+@pytest.mark.parametrize(
+    "axes,number,parts",
+    [
+        ({"batch": 4}, 1, [(1, 0)]),
+        ({"batch": 4}, 2, [(2, 0), (2, 1)]),
+        ({"batch": 2, "expert": 2}, 2, [(2, 0), (2, 1)]),
+        ({"batch": 2, "expert": 2}, 4, [(2, 0), (2, 0), (2, 1), (2, 1)]),
+        ({"expert": 2, "batch": 2}, 2, [(1, 0), (1, 0)]),
+        ({"expert": 2, "batch": 2}, 4, [(2, 0), (2, 1), (2, 0), (2, 1)]),
+        ({"batch": 1, "expert": 2}, 2, [(1, 0), (1, 0)]),
+    ],
+)
+def test_parts_of_processes(axes, number, parts):
+    found = [placement.own_part(axes, number, i) for i in range(number)]
+    assert found == parts
+
+
+@pytest.mark.parametrize(
+    "axes,number",
+    [({"batch": 3, "expert": 2}, 2), ({"expert": 2, "batch": 3}, 3)],
+)
+def test_parts_that_overlap(axes, number):
+    with pytest.raises(ValueError, match="whole parts of a batch: put the"):
+        placement.own_part(axes, number, 0)
+
+
+def test_several_processes_take_all_devices(second_of_two):
+    with pytest.raises(ValueError, match="leave `devices` out"):
+        MeshStrategy({"batch": 2}, devices=["CPU:0", "CPU:1"])

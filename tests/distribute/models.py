@@ -57,11 +57,11 @@ class EveryExpert(keras.layers.Layer):
         return self.experts(x_BLD, gate_BLE)
 
 
-def language_model(vocabulary=31, width=8, length=6, dropout=0.2):
+def language_model(vocabulary=31, width=8, length=6, dropout=0.2, experts=4):
     """Embedding, experts, dropout, norm, softmax."""
     inputs = keras.Input((length,), dtype="int32")
     x = keras.layers.Embedding(vocabulary, width)(inputs)
-    x = EveryExpert(name="moe")(x)
+    x = EveryExpert(experts, name="moe")(x)
     x = keras.layers.Dropout(dropout, seed=3)(x)
     x = keras.layers.LayerNormalization()(x)
     outputs = keras.layers.Dense(vocabulary, dtype="float32")(x)
