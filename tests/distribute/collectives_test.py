@@ -4,7 +4,7 @@ import keras
 import numpy as np
 
 from moe_tf.distribute import MeshStrategy
-from tests.distribute import collectives
+from moe_tf.distribute import collectives
 from tests.distribute import process
 
 
