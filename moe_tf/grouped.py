@@ -21,7 +21,8 @@ def apply(function, x_SD, kernels, plan):
             `(..., C, O)`.
         x_SD: float, slots in the order of `plan`.
         kernels: float tensors `(E, I, O)`.
-        plan: `plans.Rows`, `Blocks` or `Capacity`.
+        plan: `plans.Rows`, `Blocks`, `Capacity`, or `Groups`, with which
+            slots have a first axis `G`.
 
     Returns:
         float `(S, O)`; zeros in slots that belong to no expert.

@@ -37,11 +37,9 @@ def plan(expert_GTK, num_experts, slots, limit_G=None, priority_GTK=None):
         )
     row_GA = tf.argsort(order_GA, stable=True)  # the inverse
     count_GE = _count(expert_GTK, num_experts)
-    if limit_G is None:
-        limit_G = ops.full((num_groups,), slots, dtype="int32")
-    limit_G1 = limit_G[:, None]
+    limit_G1 = None if limit_G is None else limit_G[:, None]
     offset_GE = ops.cumsum(count_GE, axis=-1) - count_GE
-    placed_GE = plans.placed(count_GE, limit_G1)
+    placed_GE = ops.minimum(plans.placed(count_GE, limit_G1), slots)
 
     position_C = ops.arange(slots, dtype="int32")
     row_GS = _flat(offset_GE[..., None] + position_C)
@@ -68,23 +66,24 @@ def plan(expert_GTK, num_experts, slots, limit_G=None, priority_GTK=None):
 def padded(x_TD, mask_T, num_groups):
     """Tokens and mask with masked tokens appended until groups are alike.
 
-    Raises:
-        ValueError: on a mesh, where devices hold their tokens already.
+    On a mesh every device then has all tokens for a moment.
     """
     number = ops.shape(x_TD)[0]
     missing = -number % num_groups
     if isinstance(missing, int) and missing == 0:
         return x_TD, mask_T
-    if sharding.axes() is not None:
-        raise ValueError(
-            "On a mesh `num_groups` must divide the number of tokens of a "
-            f"batch, padding included. Received: num_groups={num_groups}, "
-            f"tokens={number}"
-        )
     if mask_T is None:
         mask_T = ops.ones((number,), "bool")
-    x_TD = tf.pad(x_TD, [[0, missing], [0, 0]])
-    return x_TD, tf.pad(mask_T, [[0, missing]])
+    x_TD = _append(x_TD, missing)
+    return x_TD, ops.cast(_append(ops.cast(mask_T, "int32"), missing), "bool")
+
+
+def _append(x, missing):
+    """`x` with rows of zeros, whole on every device before and after."""
+    spec = [None] * len(x.shape)
+    x = sharding.constrain(x, *spec)
+    x = tf.pad(x, [[0, missing], *[[0, 0]] * (len(spec) - 1)])
+    return sharding.constrain(x, *spec)
 
 
 def cut(x, num_groups):

@@ -67,13 +67,14 @@ class Groups(typing.NamedTuple):
         assignment_GS: int32, the assignment in each slot; `A` if it is empty.
         slot_GTK: int32, the slot of each assignment; `S` if it has none.
         count_GE: int32, how many tokens of the group chose each expert.
-        limit_G1: int32, the most assignments that an expert takes of a group.
+        limit_G1: optional int32, the most assignments that an expert takes of
+            a group.
     """
 
     assignment_GS: typing.Any
     slot_GTK: typing.Any
     count_GE: typing.Any
-    limit_G1: typing.Any
+    limit_G1: typing.Any = None
 
     @property
     def assignment_S(self):
@@ -233,7 +234,7 @@ def effective_capacity(plan):
     """
     num_experts = plan.count_E.shape[0]
     if isinstance(plan, Groups):
-        limit = ops.sum(plan.limit_G1)
+        limit = None if plan.limit_G1 is None else ops.sum(plan.limit_G1)
     else:
         limit = _limit(plan)
     if limit is None:

@@ -20,7 +20,7 @@ def test_a_plan_is_that_of_each_group(slots, by_value):
     expert_GTK = np.argsort(rng.random((3, 10, 5)), -1)[..., :2].astype("int32")
     expert_GTK[1, :4] = 5  # masked
     weight_GTK = rng.random((3, 10, 2))
-    limit_G = np.array([slots, 2, 1], "int32")
+    limit_G = np.minimum([slots, 2, 1], slots).astype("int32")
     priority = weight_GTK if by_value else None
     plan = groups.plan(expert_GTK, 5, slots, limit_G, priority)
     x_GTD, y_GSD = (

@@ -4,6 +4,8 @@
 it hands `train_on_batch`'s arrays to the step as they are, takes any
 `OutOfRangeError` for the end of the data, draws a batch to build the model
 from and throws it away, and reads predictions as if one device held them.
+A step is traced for each shape of batches by itself: with Keras's one trace
+for many shapes, layers would not know what devices share.
 Besides, several processes must come in and out together, and see why not.
 Models of other strategies, or of none, are not touched.
 """
@@ -53,10 +55,10 @@ def _placing_batches(make_function):
     """Of `_make_function`: steps that tell data from errors."""
 
     def make(self, step_function):
-        function = make_function(self, step_function)
         strategy = _mesh_strategy(self)
         if strategy is None:
-            return function
+            return make_function(self, step_function)
+        functions = {}
 
         def run(iterator):
             strategy.check_once(self)
@@ -68,8 +70,11 @@ def _placing_batches(make_function):
             ]
             if not batches:
                 raise StopIteration
+            shapes = _shapes(batches)
+            if shapes not in functions:
+                functions[shapes] = make_function(self, step_function)
             with _finishing_steps():
-                return function(iter(batches))
+                return functions[shapes](iter(batches))
 
         return run
 
@@ -85,14 +90,23 @@ def _fetching_predictions(make_predict_function):
         strategy = _mesh_strategy(self)
         if strategy is None or (before is not None and not force):
             return
-        function = self.predict_function
+        functions = {}
+
+        def function_for(batch):
+            shapes = _shapes(batch)
+            if shapes not in functions:
+                make_predict_function(self, force=True)
+                functions[shapes] = self.predict_function
+                self.predict_function = run
+            return functions[shapes]
 
         def run(batches):
             strategy.check_once(self)
             outputs = []
             for batch in batches:
                 with _finishing_steps():
-                    output = function([strategy.put_batch(batch)])
+                    batch = strategy.put_batch(batch)
+                    output = function_for(batch)([batch])
                     outputs.append(keras.tree.map_structure(_fetch, output))
             with placement.host():
                 return keras.tree.map_structure(
@@ -170,6 +184,13 @@ def _finishing_steps():
     except (tf.errors.OutOfRangeError, StopIteration) as error:
         lost = peers.explain(error) if hasattr(error, "op") else None
         raise lost or datasets.not_the_end(error, "A step failed") from error
+
+
+def _shapes(nest):
+    return tuple(
+        tuple(part.shape) if hasattr(part, "shape") else None
+        for part in tf.nest.flatten(nest)
+    )
 
 
 def _fetch(output):

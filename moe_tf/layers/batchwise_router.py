@@ -15,6 +15,8 @@ from moe_tf.layers import router
 class _ByColumn(router.GateRouter):
     """Every expert takes the tokens with the largest gate values."""
 
+    chooses_in_groups = True
+
     def __init__(self, *args, load_weight=None, **kwargs):
         if load_weight is not None:
             raise ValueError(

@@ -31,7 +31,8 @@ class Experts(keras.layers.Layer):
 
     Call arguments:
         inputs: float `(S, D)`, slots in the order of `plan`.
-        plan: `plans.Rows`, `Blocks` or `Capacity`.
+        plan: `plans.Rows`, `Blocks`, `Capacity`, or `Groups`, with which
+            slots have a first axis `G`.
         training: bool.
 
     Returns:

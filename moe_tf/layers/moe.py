@@ -75,8 +75,9 @@ class SparseMoE(keras.layers.Layer):
             that choose tokens choose in each. On a mesh a multiple of the
             axis `batch`, so that each device routes its own tokens; since
             groups decide what is dropped, results do not depend on the
-            devices. Defaults to `None`: one, or on a mesh, where nothing
-            depends on it, as many as the axis is long.
+            devices. Masked tokens fill the last group up. Defaults to `None`:
+            one, or on a mesh, where nothing depends on it, as many as the
+            axis is long.
         recompute: bool, whether the experts' hidden activations are computed
             again in the backward pass instead of being kept (appendix D).
             Defaults to `False`. Use it instead of Keras's rematerialization:
@@ -85,7 +86,8 @@ class SparseMoE(keras.layers.Layer):
         jit_compile: `"auto"`, or bool: whether the layer is an XLA program
             of its own where the `tf.function` around it is not compiled;
             called eagerly it never is. Without XLA routing alone takes 6 ms
-            on an H100; with it, each new number of tokens is compiled.
+            on an H100; with it, each new number of tokens is compiled, and
+            noise of the same seed is other noise. On a mesh it never is.
             Defaults to `"auto"`: on a GPU.
         seed: optional int for the gate's noise, where it has any.
 
@@ -219,8 +221,8 @@ class SparseMoE(keras.layers.Layer):
             for loss in losses:
                 self.add_loss(loss)
         self.balance.update_state(**numbers)
-        if num_groups is not None:
-            y_TD = y_TD[:number]
+        if num_groups is not None and y_TD.shape[0] != number:
+            y_TD = sharding.constrain(y_TD, None, None)[:number]
         return ops.reshape(y_TD, shape)
 
     def _mixture(self, x_TD, mask_T, num_groups, training):
@@ -289,7 +291,7 @@ class SparseMoE(keras.layers.Layer):
     def _plan(self, weight_TK, expert_TK, mask_T, training):
         """A plan of all tokens, or with a first axis `G` of its groups."""
         num_tokens = ops.shape(expert_TK)[-2]
-        most = self.router.most_tokens(num_tokens, training)
+        most = self._most_tokens(ops.shape(expert_TK)[:-1], training)
         factor = self.capacity_factor if training else self.eval_capacity_factor
         slots = limit = priority_TK = None
         if factor is not None:
@@ -324,6 +326,14 @@ class SparseMoE(keras.layers.Layer):
         return plans.plan_capacity(
             expert_TK, self.num_experts, slots, limit, priority_TK
         )
+
+    def _most_tokens(self, sizes, training):
+        """The most tokens of any expert, of each group where there are any."""
+        *num_groups, num_tokens = sizes
+        if not num_groups or self.router.chooses_in_groups:
+            return self.router.most_tokens(num_tokens, training)
+        most = self.router.most_tokens(num_groups[0] * num_tokens, training)
+        return None if most is None else ops.minimum(most, num_tokens)
 
     def _slots(self, num_tokens, factor):
         num_assignments = num_tokens * self.router.experts_per_token

@@ -51,6 +51,10 @@ class Router(keras.layers.Layer):
     `SparseMoE` casts what goes in and what comes out. Masked tokens arrive
     as zeros, and `routing` takes them out of the gates.
 
+    `self.num_groups` is that of its `SparseMoE`: the parts, by order, into
+    which tokens are cut for their slots, or `None`. A router whose experts
+    choose tokens in each part by itself says `chooses_in_groups = True`.
+
     Args:
         num_experts: int, `E`.
         k: int, experts for each token, `1 <= k <= E`; their mean number
@@ -70,6 +74,8 @@ class Router(keras.layers.Layer):
     Returns:
         `Routing`.
     """
+
+    chooses_in_groups = False
 
     def __init__(
         self,
@@ -164,7 +170,8 @@ class Router(keras.layers.Layer):
         """The most tokens that any expert gets, where that is known before.
 
         Args:
-            num_tokens: int, `T`, masked ones included.
+            num_tokens: int, `T`, masked ones included; those of a group where
+                `chooses_in_groups`.
             training: bool.
 
         Returns:

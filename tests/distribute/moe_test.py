@@ -36,7 +36,8 @@ def train(axes, names):
     """Logs and variables of small models after twelve steps, by name."""
     strategy = moe_tf.MeshStrategy(dict(axes)) if axes else None
     rng = np.random.default_rng(0)
-    ids_BL = rng.integers(0, 31, (64, 6)).astype("int32")
+    # The last batch has 11 examples of 6: neither 4 nor 8 divides either.
+    ids_BL = rng.integers(0, 31, (59, 6)).astype("int32")
     target_BL = (ids_BL + 1) % 31
     data = tf.data.Dataset.from_tensor_slices((ids_BL, target_BL)).batch(16)
     if strategy:
@@ -49,6 +50,10 @@ def train(axes, names):
         logs = model.fit(data, epochs=3, verbose=0).history
         tested = model.evaluate(data, verbose=0, return_dict=True)
         logs.update({f"test_{key}": value for key, value in tested.items()})
+        for number in (32, 5):
+            logs[f"predicted {number}"] = model.predict(
+                ids_BL[:number], verbose=0
+            )
         variables = model.variables + model.optimizer.variables
         found[name] = logs, [np.array(v.numpy()) for v in variables]
     return found
@@ -78,7 +83,7 @@ def compare(meshes, names):
 
 
 def same(wanted, found):
-    # 2.6e-7 is the largest difference seen, in weights and in slots.
+    # 2.6e-7 is the largest difference seen in a weight.
     for name, (want, want_variables) in wanted.items():
         got, variables = found[name]
         assert want.keys() == got.keys()
@@ -87,7 +92,9 @@ def same(wanted, found):
                 got[key], want[key], rtol=5e-6, atol=5e-6, err_msg=name
             )
         for one, other in zip(want_variables, variables, strict=True):
-            np.testing.assert_allclose(other, one, atol=2e-6, err_msg=name)
+            # Some slots are tiny.
+            limit = 2e-5 * np.abs(one).max()
+            np.testing.assert_allclose(other, one, 0, limit, err_msg=name)
 
 
 def test_training_equals_one_device():
@@ -185,7 +192,6 @@ def refused():
         {"capacity_factor": 1.0},
         {"gating": "expert_choice"},
         {"num_groups": 3},
-        {"num_groups": 4},
     ):
         with strategy.scope():
             model = keras.Sequential([keras.Input((3, 8))])
@@ -200,10 +206,9 @@ def refused():
 
 
 def test_groups_that_cannot_be_are_refused_by_name():
-    needs, chooses, multiple, divides = process.run(refused)
+    needs, chooses, multiple = process.run(refused)
     for message in (needs, chooses):
         assert "layer moe needs `num_groups`" in message
         assert "num_groups=2, say" in message
     assert "multiple of the mesh's axis batch" in multiple
     assert "num_groups=3" in multiple
-    assert "num_groups=4, tokens=6" in divides
