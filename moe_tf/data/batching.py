@@ -39,7 +39,10 @@ def bucket_lengths(max_words: int) -> list[int]:
 
 
 def batches_per_pass(
-    statistics: preparation.SplitStatistics, batch_words: int, max_words: int
+    statistics: preparation.SplitStatistics,
+    batch_words: int,
+    max_words: int,
+    rows_multiple: int | None = None,
 ) -> int:
     """Number of batches that one pass over a split gives, in any order."""
     lengths = bucket_lengths(max_words)
@@ -49,7 +52,9 @@ def batches_per_pass(
     return sum(
         math.ceil(count / batch_size)
         for count, batch_size in zip(
-            in_bucket, _batch_sizes(lengths, batch_words), strict=True
+            in_bucket,
+            _batch_sizes(lengths, batch_words, rows_multiple),
+            strict=True,
         )
     )
 
@@ -63,6 +68,7 @@ def batches(
     *,
     training: bool | None = None,
     shuffle_buffer: int = 65_536,
+    rows_multiple: int | None = None,
 ) -> tf.data.Dataset:
     """Batches for a language model.
 
@@ -84,6 +90,11 @@ def batches(
         training: bool. Defaults to whether `split` is `"train"`.
         shuffle_buffer: int, number of sentences held to mix them; for
             training. `0` keeps the order inside a source.
+        rows_multiple: optional int, by which the number of sentences of each
+            batch can be divided, for a mesh or groups of tokens; a batch
+            then may hold as many that are longer than `batch_words`. All
+            batches of one length have equally many rows: where sentences run
+            out, the last are all padding, with weights of 0.
 
     Returns:
         A dataset of `(inputs, targets, weights)`. `inputs` is a dictionary
@@ -100,12 +111,14 @@ def batches(
     checks.at_least("seed", seed, 0)
     checks.at_least("start_step", start_step, 0)
     checks.at_least("shuffle_buffer", shuffle_buffer, 0)
+    checks.at_least("rows_multiple", rows_multiple, 1, none_is_fine=True)
     if start_step and not training:
         raise ValueError(
             f"`start_step` must be 0 without `training`. Received: {start_step}"
         )
     max_words = prepared.corpus.max_words
     lengths = bucket_lengths(max_words)
+    sizes = _batch_sizes(lengths, batch_words, rows_multiple)
 
     def one_pass(index=None):
         rows = tf.data.Dataset.from_generator(
@@ -115,13 +128,16 @@ def batches(
             args=() if index is None else (index,),
             output_signature=_LINES_AND_LENGTHS,
         )
-        return _in_buckets(rows.unbatch(), lengths, batch_words)
+        return _in_buckets(rows.unbatch(), lengths, sizes)
 
     if training:
         index, done = divmod(
             start_step,
             batches_per_pass(
-                prepared.statistics[split], batch_words, max_words
+                prepared.statistics[split],
+                batch_words,
+                max_words,
+                rows_multiple,
             ),
         )
         # Dropped before words are looked up, and from one pass alone.
@@ -129,7 +145,12 @@ def batches(
     else:
         grouped = one_pass()
     dataset = grouped.map(
-        lambda *rows: _encode(*rows, prepared.vocabulary, lengths),
+        lambda *rows: _encode(
+            *rows,
+            prepared.vocabulary,
+            lengths,
+            sizes if rows_multiple else None,
+        ),
         num_parallel_calls=tf.data.AUTOTUNE,
     )
     options = tf.data.Options()
@@ -137,19 +158,27 @@ def batches(
     return dataset.prefetch(2).with_options(options)
 
 
-def encode(prepared: preparation.Prepared, sentences: list[bytes]):
+def encode(
+    prepared: preparation.Prepared,
+    sentences: list[bytes],
+    num_rows: int | None = None,
+):
     """One batch of given sentences, in their order; see `batches`.
 
     Args:
         prepared: see `preparation.prepare`.
         sentences: lines that `lines.why_unusable` finds nothing against.
+        num_rows: optional int, not below the number of sentences: as many
+            rows are there, the last all padding.
     """
+    lengths = bucket_lengths(prepared.corpus.max_words)
     num_words = [len(sentence.split()) for sentence in sentences]
     return _encode(
         tf.constant(sentences),
         tf.constant(num_words),
         prepared.vocabulary,
-        bucket_lengths(prepared.corpus.max_words),
+        lengths,
+        num_rows and [num_rows] * len(lengths),
     )
 
 
@@ -168,23 +197,27 @@ def _read_pass(corpus, split, seed, shuffle_buffer, index=None):
         yield chunk, np.array([len(line.split()) for line in chunk], np.int32)
 
 
-def _encode(lines_B, num_words_B, vocabulary, lengths):
-    """Makes the tensors of a batch from its sentences."""
+def _encode(lines_B, num_words_B, vocabulary, lengths, sizes=None):
+    """Makes the tensors of a batch from its sentences.
+
+    With `sizes` it has the rows that these give for its padded length.
+    """
     ids = vocabulary.encode(tf.strings.split(lines_B))
     one_B1 = tf.ones_like(num_words_B)[:, tf.newaxis]
     bucket = tf.searchsorted(lengths, [tf.reduce_max(num_words_B) + 1])
     length = tf.gather(lengths, bucket[0])
-    shape = tf.stack([-1, length])
+    num_rows = -1 if sizes is None else tf.gather(sizes, bucket[0])
+    shape = tf.stack([num_rows, length])
     tokens = tf.concat([one_B1 * vocabularies.START, ids], axis=1)
     targets = tf.concat([ids, one_B1 * vocabularies.END], axis=1)
     tokens_BL = tokens.to_tensor(vocabularies.PAD, shape=shape)
     targets_BL = targets.to_tensor(vocabularies.PAD, shape=shape)
-    weights_BL = tf.sequence_mask(num_words_B + 1, length, tf.float32)
+    weights_BL = tf.cast(targets_BL != vocabularies.PAD, tf.float32)
     inputs = {"tokens": tokens_BL, "targets": targets_BL}
     return inputs, targets_BL, weights_BL
 
 
-def _in_buckets(rows, lengths, batch_words):
+def _in_buckets(rows, lengths, sizes):
     """Groups `(line, number of words)` into batches by padded length.
 
     The lines are padded after this, once they are words: splitting and
@@ -193,13 +226,16 @@ def _in_buckets(rows, lengths, batch_words):
     return rows.bucket_by_sequence_length(
         element_length_func=lambda line, num_words: num_words + 1,
         bucket_boundaries=[length + 1 for length in lengths[:-1]],
-        bucket_batch_sizes=_batch_sizes(lengths, batch_words),
+        bucket_batch_sizes=sizes,
         no_padding=True,
     )
 
 
-def _batch_sizes(lengths, batch_words):
-    return [max(1, batch_words // length) for length in lengths]
+def _batch_sizes(lengths, batch_words, rows_multiple=None):
+    step = rows_multiple or 1
+    return [
+        max(step, batch_words // length // step * step) for length in lengths
+    ]
 
 
 def _chunks(lines: Iterator[bytes], size: int) -> Iterator[np.ndarray]:

@@ -10,6 +10,9 @@ import tensorflow as tf
 from keras import ops
 
 from moe_tf import checks
+from moe_tf import sharding
+from moe_tf.layers import mesh_rows
+from moe_tf.layers import vocabulary_chunks
 
 _CHUNK_BYTES = 64 * 2**20
 
@@ -245,7 +248,8 @@ class SampledSoftmax(keras.layers.Layer):
         """Logits of every word: `(..., D)` to float32 `(..., V)`."""
         features = ops.cast(features, self.compute_dtype)
         kernel_VD = ops.cast(self.kernel_VD, self.compute_dtype)
-        logits = ops.einsum("...D,VD->...V", features, kernel_VD)
+        leading = "ABLNT"[: len(features.shape) - 1]  # DTensor lacks "..."
+        logits = ops.einsum(f"{leading}D,VD->{leading}V", features, kernel_VD)
         return ops.cast(logits, _wide(self.compute_dtype))
 
     def draw(self):
@@ -266,6 +270,8 @@ class SampledSoftmax(keras.layers.Layer):
         )
         if training and sampled:
             nll_T = self._sampled(x_TD, targets_T)
+        elif sharding.axes() is not None:
+            nll_T = vocabulary_chunks.full_nll(x_TD, self.kernel_VD, targets_T)
         else:
             nll_T = full_nll(x_TD, self.kernel_VD, targets_T)
         return ops.reshape(nll_T, ops.shape(targets))
@@ -282,9 +288,11 @@ class SampledSoftmax(keras.layers.Layer):
 
     def _sampled(self, x_TD, targets_T):
         ids_J = self.draw()
-        ids = ops.concatenate([ids_J, targets_T], axis=0)
+        all_T = sharding.constrain(targets_T, None)
+        ids = ops.concatenate([ids_J, all_T], axis=0)
         rows = ops.cast(ops.take(self.kernel_VD, ids, axis=0), x_TD.dtype)
         rows_JD, rows_TD = rows[: self.num_sampled], rows[self.num_sampled :]
+        rows_TD = mesh_rows.share(rows_TD)
         wide = _wide(self.compute_dtype)
         sampled_TJ = ops.cast(ops.einsum("TD,JD->TJ", x_TD, rows_JD), wide)
         target_T = ops.sum(ops.cast(x_TD, wide) * ops.cast(rows_TD, wide), -1)

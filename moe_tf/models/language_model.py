@@ -6,7 +6,10 @@ import keras
 import numpy as np
 from keras import ops
 
+from moe_tf import sharding
 from moe_tf.decoding import PADDING_ID
+from moe_tf.layers import lstm_loop
+from moe_tf.layers import mesh_rows
 from moe_tf.layers.feed_forward import FeedForward
 from moe_tf.layers.moe import SparseMoE
 from moe_tf.layers.projected_lstm import ProjectedLSTMCell
@@ -39,7 +42,8 @@ class LanguageModel(keras.Model):
         k: optional int, experts per word of `MoE-<n>`, at each level where
             there are two. Defaults to the variant's, 4 or 2.
         dropout: float, share of outputs dropped. Defaults to `0.1`.
-        gating, importance_weight, load_weight, capacity_factor, recompute:
+        gating, importance_weight, load_weight, capacity_factor, num_groups,
+        recompute:
             see `SparseMoE`. The weights default to the router's.
         num_sampled: optional int, classes drawn by the softmax when a
             `NextWordScorer` trains this model. `None` for the whole softmax.
@@ -74,6 +78,7 @@ class LanguageModel(keras.Model):
         load_weight=None,
         num_sampled=None,
         capacity_factor=None,
+        num_groups=None,
         recompute=False,
         seed=None,
         **kwargs,
@@ -94,6 +99,7 @@ class LanguageModel(keras.Model):
             "load_weight": load_weight,
             "num_sampled": num_sampled,
             "capacity_factor": capacity_factor,
+            "num_groups": num_groups,
             "recompute": recompute,
             "seed": seed,
         }
@@ -109,6 +115,7 @@ class LanguageModel(keras.Model):
             importance_weight=importance_weight,
             load_weight=load_weight,
             capacity_factor=capacity_factor,
+            num_groups=num_groups,
             recompute=recompute,
             seed=moe_seed,
         )
@@ -139,14 +146,18 @@ class LanguageModel(keras.Model):
     def features(self, tokens, training=False):
         """What the softmax sees: int `(B, L)` to float `(B, L, D)`."""
         mask_BL = ops.not_equal(tokens, PADDING_ID)
-        x_BLD = self.dropout(self.embedding(tokens), training=training)
+        x_BLD = self.dropout(self._embed(tokens), training=training)
         for block in self.blocks:
             if isinstance(block, keras.layers.RNN):
-                y_BLD = block(x_BLD, training=training)
+                y_BLD = _recur(block, x_BLD, training)
             else:
                 y_BLD = _feed_forward(block, x_BLD, mask_BL, training)
             x_BLD += self.dropout(y_BLD, training=training)
         return x_BLD
+
+    def _embed(self, tokens):
+        rows_BLD = self.embedding(sharding.constrain(tokens, None, None))
+        return mesh_rows.share(rows_BLD)
 
     def initial_states(self, num_sequences):
         """States of the LSTMs before the first word, for `step`."""
@@ -196,6 +207,16 @@ class LanguageModel(keras.Model):
             for block in self.blocks
             if isinstance(block, keras.layers.RNN)
         ]
+
+
+def _recur(block, x_BLD, training):
+    if sharding.axes() is None:
+        return block(x_BLD, training=training)
+    kernels = (
+        ops.cast(kernel, x_BLD.dtype)
+        for kernel in block.cell.trainable_variables
+    )
+    return lstm_loop.lstm(x_BLD, *kernels)
 
 
 def _feed_forward(block, x, mask, training):

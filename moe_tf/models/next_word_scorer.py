@@ -1,7 +1,12 @@
 """What `fit` minimises when a language model trains."""
 
-import keras
+import itertools
 
+import keras
+import tensorflow as tf
+from keras import ops
+
+from moe_tf import sharding
 from moe_tf.metrics import Perplexity
 from moe_tf.metrics import WordCount
 
@@ -62,9 +67,14 @@ class NextWordScorer(keras.Model):
         self.built = True
 
     def call(self, inputs, training=False):
-        model = self.language_model
+        model, targets = self.language_model, inputs["targets"]
+        if sharding.axes() is not None and None in targets.shape:
+            # Keras asks what comes out before there is data. Programs on a
+            # mesh are of sizes that are known.
+            spec = model.softmax.compute_output_spec(None, targets)
+            return ops.zeros(ops.shape(targets), spec.dtype)
         features_BLD = model.features(inputs["tokens"], training=training)
-        return model.softmax(features_BLD, inputs["targets"], training=training)
+        return model.softmax(features_BLD, targets, training=training)
 
     def compile_for_words(self, optimizer, **kwargs):
         """`compile` with the mean over words as loss, and its metrics.
@@ -78,6 +88,25 @@ class NextWordScorer(keras.Model):
             weighted_metrics=[Perplexity(), WordCount()],
             **kwargs,
         )
+
+    def _make_function(self, step_function):
+        # Keras lets one program serve lengths that differ, by sizes that it
+        # does not know. On a mesh sizes must be known: one for each.
+        if not hasattr(self.distribute_strategy, "constrain"):
+            return super()._make_function(step_function)
+        functions = {}
+
+        def run(iterator):
+            batches = list(itertools.islice(iterator, self.steps_per_execution))
+            if not batches:
+                raise StopIteration
+            shapes = tuple(tuple(x.shape) for x in tf.nest.flatten(batches))
+            if shapes not in functions:
+                make = super(NextWordScorer, self)._make_function
+                functions[shapes] = make(step_function)
+            return functions[shapes](iter(batches))
+
+        return run
 
     def get_config(self):
         return {

@@ -45,13 +45,16 @@ class Checkpoints:
         variables: dict of `tf.Variable`, DTensor variables included, by the
             names under which they are saved. See `variables.named_variables`.
         keep: int, number of checkpoints that stay. Defaults to `2`.
+        strategy: optional `MeshStrategy` of the variables. If it spans
+            several processes, all must save and restore, in the same file
+            system, and the first one writes, from a copy of all variables.
 
     Raises:
         ValueError: no variables, or `keep` below 1.
         NotADirectoryError: `directory` is something else.
     """
 
-    def __init__(self, directory, variables, keep=2):
+    def __init__(self, directory, variables, keep=2, strategy=None):
         checks.at_least("keep", keep, 1)
         if not variables:
             raise ValueError("`variables` must not be empty.")
@@ -61,6 +64,8 @@ class Checkpoints:
                 f"`directory` must be a folder. Received: {directory}"
             )
         self.keep = keep
+        several = strategy is not None and strategy.num_processes > 1
+        self._strategy = strategy if several else None
         self._variables = dict(variables)
         self._checkpoint = tf.train.Checkpoint(variables=self._variables)
         self._damaged = {}
@@ -98,13 +103,19 @@ class Checkpoints:
         """
         step = operator.index(step)
         text = self._describe(step, metadata or {})
-        last = self.latest_step()
         path = os.path.join(self.directory, f"step-{step:08d}")
+        checkpoint = self._checkpoint
+        if self._strategy is not None:
+            copies = self._copy()
+            if not self._strategy.is_first:
+                return path
+            checkpoint = tf.train.Checkpoint(variables=copies)
+        last = self.latest_step()
         temporary = path + ".tmp"
         try:
             self._clean()
             try:
-                self._write(temporary, text)
+                self._write(temporary, text, checkpoint)
                 self._publish(temporary, path)
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -218,9 +229,17 @@ class Checkpoints:
             elif _LEFTOVER.fullmatch(name):
                 shutil.rmtree(path)
 
-    def _write(self, path, text):
+    def _copy(self):
+        """The variables, whole, in this process."""
+        fetch = self._strategy.fetch
+        return {
+            name: tf.Variable(fetch(variable))
+            for name, variable in self._variables.items()
+        }
+
+    def _write(self, path, text, checkpoint):
         os.mkdir(path)
-        self._checkpoint.write(os.path.join(path, _VARIABLES))
+        checkpoint.write(os.path.join(path, _VARIABLES))
         files.write(os.path.join(path, _METADATA), text)
         files.write(os.path.join(path, _SUMS), _sum_files(path))
         for name in os.listdir(path):
@@ -268,7 +287,14 @@ class Checkpoints:
             saved = metadata.pop("variables")
             _refuse_mismatch(path, saved, _describe_variables(self._variables))
             prefix = os.path.join(path, _VARIABLES)
-            self._checkpoint.read(prefix).assert_consumed()
+            if self._strategy is None:
+                self._checkpoint.read(prefix).assert_consumed()
+            else:
+                copies = self._copy()
+                checkpoint = tf.train.Checkpoint(variables=copies)
+                checkpoint.read(prefix).assert_consumed()
+                for name, variable in self._variables.items():
+                    self._strategy.assign(variable, copies[name])
         except (OSError, tf.errors.OpError) as error:
             raise DamagedCheckpointError(f"Damaged: {path}: {error}") from error
         return metadata

@@ -2,9 +2,11 @@
 
 import math
 
-from moe_tf import dispatch
+from moe_tf import plans
 from moe_tf.data import batching
 from moe_tf.models import language_model_variants as variants
+from moe_tf.training import meshes
+from moe_tf.training import wire
 
 _FLOAT_BYTES = 4  # weights and slots are float32 under every dtype policy
 
@@ -17,7 +19,10 @@ _STATE_OF_KERNEL = {
 
 
 def describe(task, config):
-    """Parameters, operations and bytes of a language model's run, as text."""
+    """Parameters, operations and bytes of a language model's run, as text.
+
+    On a mesh also what each device holds and sends, by its config alone.
+    """
     variant = task.variant()
     counts = variants.count(variant)
     vocabulary = variants.vocabulary_parameters(
@@ -46,6 +51,9 @@ def describe(task, config):
     for layer in variant.layers:
         if isinstance(layer, variants.Experts):
             rows += _expert_rows(layer, config)
+    axes = meshes.axes(config)
+    if axes is not None:
+        rows += _mesh_rows(variant, counts, config, axes)
     return "\n".join(f"{name:40}{value}".rstrip() for name, value in rows)
 
 
@@ -55,7 +63,7 @@ def _expert_rows(layer, config):
     kept = ", not kept" if config.model.recompute else ""
     limit = "none is dropped"
     if capacity is not None:
-        slots = dispatch.capacity(rows_a_batch, layer.num_experts, capacity)
+        slots = plans.capacity(rows_a_batch, layer.num_experts, capacity)
         limit = f"at most {slots:,} an expert"
     return [
         ("words an expert sees in a batch, mean",
@@ -63,6 +71,59 @@ def _expert_rows(layer, config):
         ("experts' hidden activations",
          _bytes(rows_a_batch * layer.hidden_units * _FLOAT_BYTES) + kept),
     ]  # fmt: skip
+
+
+def _mesh_rows(variant, counts, config, axes):
+    kernels = wire.kernels(variant, config.data.vocabulary_size, axes)
+    held = sum(wire.per_device(*kernel, axes) for kernel in kernels)
+    state = _STATE_OF_KERNEL[config.train.optimizer]
+    slots = sum(
+        state((shape[0] // axes[layout[0]], *shape[1:]))
+        if layout[0]
+        else state(shape)
+        for shape, layout in kernels
+    )
+    rows = [
+        ("mesh", f"{_text(axes)}, {math.prod(axes.values())} devices"),
+        ("  each holds weights", _bytes(held * _FLOAT_BYTES)),
+        ("    their gradients", _bytes(held * _FLOAT_BYTES)),
+        (
+            f"    state of {config.train.optimizer}",
+            _bytes(slots * _FLOAT_BYTES),
+        ),
+    ]
+    for shape, layout in kernels:
+        if layout[0]:
+            size = wire.per_device(shape, layout, axes) * _FLOAT_BYTES
+            rows.append((f"    kernels of experts {shape}",
+                         f"by {layout[0]}, {_bytes(size)} each"))  # fmt: skip
+    rows.append(("    all other kernels", "whole on each device"))
+    if "expert" in axes:
+        rows.append(_repeated_row(variant, counts, axes["expert"]))
+    rows.append(("sent by each device in a step, at most", ""))
+    for layer in wire.mixtures(variant):
+        size = wire.sent_for_tokens(layer, variant.width, config, axes)
+        how = "two gathers of answers" if "expert" in axes else "4 all-to-alls"
+        rows.append(("  for the words of a layer of experts",
+                     f"{_bytes(size)}, {how}"))  # fmt: skip
+    size = wire.sent_for_gradients(variant, config, axes)
+    rows.append(("  to sum gradients", _bytes(size)))
+    return rows
+
+
+def _repeated_row(variant, counts, size):
+    experts = sum(
+        layer.experts_per_word * 2 * variant.width * layer.hidden_units
+        for layer in wire.mixtures(variant)
+    )
+    dense = 1 - experts / counts.ops_per_timestep
+    return (f"  repeated by {size} devices along expert",
+            f"all but experts: {dense:.0%} of a word's operations above, and "
+            "the softmax")  # fmt: skip
+
+
+def _text(axes):
+    return ", ".join(f"{name} {size}" for name, size in axes.items())
 
 
 def _bytes(number):

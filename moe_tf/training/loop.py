@@ -5,6 +5,8 @@ any moment and started again goes on from its last saved state, with the same
 weights as if it had never stopped.
 """
 
+import contextlib
+import functools
 import os
 import sys
 
@@ -24,22 +26,22 @@ from moe_tf.training import workdir as workdirs
 
 def train(task, config, workdir):
     """Trains to `train.steps`, then tests the best state."""
-    with workdirs.claim(workdir, config, task.free_fields) as claim:
+    with _claim(task, config, workdir) as record:
         prepared = task.prepare(workdir)
-        _tell(dry_runs.describe(task, config))
+        _tell(task, dry_runs.describe(task, config))
         _tell_data(task, config, prepared)
         scorer = task.build(prepared)
-        claim.record()
-        last, best = _checkpoints(workdir, config, scorer)
+        record()
+        last, best = _checkpoints(task, config, workdir, scorer)
         found = last.restore_latest() or {"step": 0}
         if found["step"] < config.train.steps:
             if found["step"]:
-                _tell(f"Going on from step {found['step']}.")
+                _tell(task, f"Going on from step {found['step']}.")
             _fit(task, config, workdir, prepared, scorer, last, best, found)
         best.restore_latest()
         _evaluate(task, prepared, scorer, ["test"])
         _print_samples(task, prepared, scorer)
-        _tell(f"To watch the run: tensorboard --logdir {workdir}")
+        _tell(task, f"To watch the run: tensorboard --logdir {workdir}")
 
 
 def evaluate(task, config, workdir):
@@ -52,7 +54,9 @@ def evaluate(task, config, workdir):
     _evaluate(task, prepared, scorer, splits)
     factor = config.model.capacity_factor
     if factor is not None:
-        _tell(f"With tokens dropped beyond model.capacity_factor={factor}:")
+        _tell(
+            task, f"With tokens dropped beyond model.capacity_factor={factor}:"
+        )
         with moe.clipped_evaluation(scorer):
             _evaluate(task, prepared, scorer, splits)
 
@@ -71,10 +75,17 @@ def score(task, config, workdir):
     by tabs, in the order of the input. A line that cannot be scored gives
     the reason instead.
     """
+    if task.strategy is not None and task.strategy.num_processes > 1:
+        raise ValueError(
+            "`mode`=score reads standard input, which one process has: start "
+            "one alone, with another `mesh` if need be."
+        )
     prepared, scorer = _open_best(task, config, workdir)
     total, num_words = 0.0, 0
     print("log_probability\twords\tunknown\tperplexity")
-    for scored in scoring.score_lines(scorer, prepared, sys.stdin.buffer):
+    score_batch = functools.partial(task.score, scorer)
+    lines = sys.stdin.buffer
+    for scored in scoring.score_lines(score_batch, prepared, lines):
         if scored.skipped:
             print(f"skipped: {scored.skipped}")
             continue
@@ -93,7 +104,7 @@ def score(task, config, workdir):
 def dry_run(task, config, workdir):
     """Says what a run will hold, before anything is allocated."""
     del workdir
-    _tell(dry_runs.describe(task, config))
+    _tell(task, dry_runs.describe(task, config))
 
 
 MODES = {
@@ -103,6 +114,16 @@ MODES = {
     "score": score,
     "dry_run": dry_run,
 }
+
+
+@contextlib.contextmanager
+def _claim(task, config, workdir):
+    """Claims the workdir for all processes; gives what records the config."""
+    if not task.is_first:
+        yield lambda: None
+        return
+    with workdirs.claim(workdir, config, task.free_fields) as claim:
+        yield claim.record
 
 
 def _fit(task, config, workdir, prepared, scorer, last, best, found):
@@ -116,23 +137,31 @@ def _fit(task, config, workdir, prepared, scorer, last, best, found):
         epochs=config.train.steps // every,
         steps_per_epoch=every,
         verbose=0,
-        callbacks=[
-            callbacks.DerivedLogs(),
-            TrainingBoard(workdir, config.train.log_every),
-            keras.callbacks.CSVLogger(
-                os.path.join(workdir, "history.csv"), append=True
-            ),
-            callbacks.KeepCheckpoints(
-                last, best, found.get("best_validation_perplexity", np.inf)
-            ),
-            callbacks.ProgressBar(config.train.steps),
-        ],
+        callbacks=_callbacks(task, config, workdir, last, best, found),
     )
     # Keras takes some errors for the end of the data.
     callbacks.check_step(scorer, config.train.steps)
 
 
-def _checkpoints(workdir, config, scorer):
+def _callbacks(task, config, workdir, last, best, found):
+    """Of the first process: those of others write and print nothing."""
+    keep = callbacks.KeepCheckpoints(
+        last, best, found.get("best_validation_perplexity", np.inf)
+    )
+    if not task.is_first:
+        return [keep]
+    return [
+        callbacks.DerivedLogs(),
+        TrainingBoard(workdir, config.train.log_every),
+        keras.callbacks.CSVLogger(
+            os.path.join(workdir, "history.csv"), append=True
+        ),
+        keep,
+        callbacks.ProgressBar(config.train.steps),
+    ]
+
+
+def _checkpoints(task, config, workdir, scorer):
     named = variables.named_variables(scorer)
     folder = os.path.join(workdir, "checkpoints")
     return (
@@ -140,8 +169,11 @@ def _checkpoints(workdir, config, scorer):
             os.path.join(folder, "last"),
             named,
             keep=config.train.keep_checkpoints,
+            strategy=task.strategy,
         ),
-        checkpoints.Checkpoints(os.path.join(folder, "best"), named, keep=1),
+        checkpoints.Checkpoints(
+            os.path.join(folder, "best"), named, keep=1, strategy=task.strategy
+        ),
     )
 
 
@@ -149,7 +181,7 @@ def _open_best(task, config, workdir):
     workdirs.check(workdir, config, task.free_fields)
     prepared = task.prepare(workdir)
     scorer = task.build(prepared)
-    _, best = _checkpoints(workdir, config, scorer)
+    _, best = _checkpoints(task, config, workdir, scorer)
     found = best.restore_latest()
     if found is None:
         raise ValueError(
@@ -170,9 +202,10 @@ def _evaluate(task, prepared, scorer, splits):
         )
         statistics = prepared.statistics[split]
         _tell(
+            task,
             f"{split} perplexity {figures['perplexity']:.2f} over "
             f"{int(figures['words'])} words, ends of sentences counted "
-            f"({100 * statistics.unknown_rate:.2f}% unknown)"
+            f"({100 * statistics.unknown_rate:.2f}% unknown)",
         )
 
 
@@ -180,18 +213,22 @@ def _tell_data(task, config, prepared):
     for split, found in prepared.statistics.items():
         skipped = sum(found.skipped.values()) - found.skipped["blank"]
         _tell(
+            task,
             f"{split}: {found.lines:,} sentences, {found.words:,} words with "
             f"ends, {100 * found.unknown_rate:.2f}% unknown, {skipped:,} "
-            "lines skipped"
+            "lines skipped",
         )
     passes = config.train.steps / task.num_batches(prepared, "train")
-    _tell(f"{config.train.steps:,} steps are {passes:.2f} passes over train")
+    _tell(
+        task, f"{config.train.steps:,} steps are {passes:.2f} passes over train"
+    )
 
 
 def _print_samples(task, prepared, scorer):
     for sentence in task.sample(scorer, prepared):
-        _tell(f"sample: {sentence}")
+        _tell(task, f"sample: {sentence}")
 
 
-def _tell(text):
-    print(text, flush=True)
+def _tell(task, text):
+    if task.is_first:
+        print(text, flush=True)

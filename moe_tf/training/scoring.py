@@ -6,11 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from moe_tf.data import batching
 from moe_tf.data import lines
 from moe_tf.data import vocabulary as vocabularies
 
-_LINES_AT_ONCE = 64
+LINES_AT_ONCE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,33 +29,34 @@ class Scored:
     skipped: str | None = None
 
 
-def score_lines(scorer, prepared, file) -> Iterator[Scored]:
+def score_lines(score, prepared, file) -> Iterator[Scored]:
     """Scores sentences in order, one `Scored` for each line.
 
     Reads 64 lines ahead.
 
     Args:
-        scorer: `NextWordScorer`.
+        score: function of up to 64 sentences and `prepared` to their batch,
+            see `batching.encode`, and the negative log-likelihoods in it.
         prepared: the `Prepared` corpus that it was trained on.
         file: binary file of sentences, one a line, of any length.
     """
     raw_lines = lines.bounded_lines(file)
     max_words = prepared.corpus.max_words
-    while chunk := list(itertools.islice(raw_lines, _LINES_AT_ONCE)):
+    while chunk := list(itertools.islice(raw_lines, LINES_AT_ONCE)):
         reasons = [lines.why_unusable(raw, max_words) for raw in chunk]
         usable = [
             raw
             for raw, reason in zip(chunk, reasons, strict=True)
             if reason is None
         ]
-        scores = iter(_score(scorer, prepared, usable) if usable else [])
+        scores = iter(_score(score, prepared, usable) if usable else [])
         for reason in reasons:
             yield Scored(skipped=reason) if reason else next(scores)
 
 
-def _score(scorer, prepared, sentences):
-    inputs, targets_BL, weights_BL = batching.encode(prepared, sentences)
-    nll_BL = np.asarray(scorer(inputs) * weights_BL, "float64")
+def _score(score, prepared, sentences):
+    (_, targets_BL, weights_BL), nll_BL = score(sentences, prepared)
+    nll_BL = np.asarray(nll_BL * weights_BL, "float64")
     unknown_BL = np.asarray(targets_BL) == vocabularies.UNK
     for nll_L, weights_L, unknown_L in zip(
         nll_BL, np.asarray(weights_BL), unknown_BL, strict=True

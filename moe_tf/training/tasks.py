@@ -1,5 +1,6 @@
 """A task brings model, data and loss together from a config."""
 
+import contextlib
 import dataclasses
 
 import keras
@@ -13,10 +14,13 @@ from moe_tf import schedules
 from moe_tf.data import batching
 from moe_tf.data import preparation
 from moe_tf.data import vocabulary as vocabularies
+from moe_tf.distribute import MeshStrategy
 from moe_tf.layers import routers
 from moe_tf.models import language_model_variants as variants
 from moe_tf.models.language_model import LanguageModel
 from moe_tf.models.next_word_scorer import NextWordScorer
+from moe_tf.training import meshes
+from moe_tf.training import scoring
 
 OPTIMIZERS = {
     "adam": keras.optimizers.Adam,
@@ -30,15 +34,19 @@ class LanguageModelTask:
 
     Attributes:
         config: the run's config; `configs/lm_demo.py` explains each field.
+            `data.rows_multiple` is set here if a mesh or groups need it.
+        strategy: optional `MeshStrategy`, see `meshes.strategy`.
 
     Raises:
         ValueError: a field's value cannot be used.
     """
 
     config: ml_collections.ConfigDict
+    strategy: MeshStrategy | None = None
 
     # What decides neither weights nor data may differ from the run's config.
     free_fields = (
+        "mesh",
         "sample",
         "train.keep_checkpoints",
         "train.log_every",
@@ -47,6 +55,7 @@ class LanguageModelTask:
 
     def __post_init__(self):
         _check_fields(self.config)
+        meshes.check(self.config, self.variant())
         self._check_experts()
 
     def _check_experts(self) -> None:
@@ -75,6 +84,11 @@ class LanguageModelTask:
                     f"model.variant={model.variant}"
                 )
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this process prints and writes, for all there are."""
+        return self.strategy is None or self.strategy.is_first
+
     def variant(self) -> variants.Variant:
         """What the model consists of, without building it."""
         model = self.config.model
@@ -89,23 +103,27 @@ class LanguageModelTask:
     def build(self, prepared: preparation.Prepared) -> NextWordScorer:
         """The compiled model, with its weights as the seed makes them."""
         train = self.config.train
-        scorer = NextWordScorer(
-            LanguageModel(
-                vocabulary_size=prepared.vocabulary.size,
-                seed=self.config.seed,
-                **self.config.model,
+        scope = contextlib.nullcontext()
+        if self.strategy is not None:
+            scope = self.strategy.scope()
+        with scope:
+            scorer = NextWordScorer(
+                LanguageModel(
+                    vocabulary_size=prepared.vocabulary.size,
+                    seed=self.config.seed,
+                    **self.config.model,
+                )
             )
-        )
-        scorer.build()
-        optimizer = OPTIMIZERS[train.optimizer](
-            schedules.WarmupInverseSqrt(
-                train.learning_rate, train.warmup_steps
-            ),
-            global_clipnorm=train.clip_norm,
-        )
-        optimizer.build(scorer.trainable_variables)
-        # XLA would compile anew for each length that batches are padded to.
-        scorer.compile_for_words(optimizer, jit_compile=False)
+            scorer.build()
+            optimizer = OPTIMIZERS[train.optimizer](
+                schedules.WarmupInverseSqrt(
+                    train.learning_rate, train.warmup_steps
+                ),
+                global_clipnorm=train.clip_norm,
+            )
+            optimizer.build(scorer.trainable_variables)
+            # XLA would compile anew for each length of batches.
+            scorer.compile_for_words(optimizer, jit_compile=False)
         return scorer
 
     def batches(
@@ -113,21 +131,44 @@ class LanguageModelTask:
     ) -> tf.data.Dataset:
         """Batches of a split, for training from `start_step` on."""
         data = self.config.data
-        return batching.batches(
+        dataset = batching.batches(
             prepared,
             split,
             data.batch_words,
             seed=self.config.seed,
             start_step=start_step,
             shuffle_buffer=data.shuffle_buffer,
+            rows_multiple=data.rows_multiple,
         )
+        if self.strategy is None:
+            return dataset
+        # Every process reads all, and works on its rows.
+        return self.strategy.shard_batches(dataset)
 
     def num_batches(self, prepared: preparation.Prepared, split: str) -> int:
         """Number of batches in one pass over a split."""
         data = self.config.data
         return batching.batches_per_pass(
-            prepared.statistics[split], data.batch_words, data.max_words
+            prepared.statistics[split],
+            data.batch_words,
+            data.max_words,
+            data.rows_multiple,
         )
+
+    def score(
+        self,
+        scorer: NextWordScorer,
+        sentences: list[bytes],
+        prepared: preparation.Prepared,
+    ):
+        """A batch of up to 64 sentences, and its negative log-likelihoods."""
+        if self.strategy is None:
+            batch = batching.encode(prepared, sentences)
+            return batch, scorer(batch[0])
+        rows = self.config.data.rows_multiple
+        num_rows = -(-scoring.LINES_AT_ONCE // rows) * rows
+        batch = batching.encode(prepared, sentences, num_rows)
+        return batch, meshes.score(scorer, self.strategy, batch[0])
 
     def sample(
         self, scorer: NextWordScorer, prepared: preparation.Prepared
@@ -135,9 +176,18 @@ class LanguageModelTask:
         """Sentences drawn from the model, as `config.sample` says."""
         sample = self.config.sample
         model = scorer.language_model
+        if self.strategy is None:
+            step, num_rows = tf.function(model.step), sample.num_sentences
+        else:
+            step, num_rows = meshes.padded_step(
+                model.step,
+                self.strategy,
+                sample.num_sentences,
+                self.config.data.rows_multiple,
+            )
         drawn = decoding.sample(
-            tf.function(model.step),
-            model.initial_states(sample.num_sentences),
+            step,
+            model.initial_states(num_rows),
             sample.num_sentences,
             start_id=vocabularies.START,
             end_id=vocabularies.END,
@@ -157,6 +207,7 @@ _OF_EXPERTS = (
     "importance_weight",
     "load_weight",
     "capacity_factor",
+    "num_groups",
     "recompute",
 )
 _COUNTS = (
@@ -172,7 +223,15 @@ _COUNTS = (
     "sample.max_words",
 )
 _COUNTS_FROM_ZERO = ("data.shuffle_buffer", "sample.seed")
-_COUNTS_OR_NONE = ("model.width", "model.k", "model.num_sampled")
+_COUNTS_OR_NONE = (
+    "mesh.batch",
+    "mesh.expert",
+    "data.rows_multiple",
+    "model.width",
+    "model.k",
+    "model.num_sampled",
+    "model.num_groups",
+)
 _POSITIVE_OR_NONE = ("model.capacity_factor", "train.clip_norm")
 _NOT_NEGATIVE = ("sample.temperature",)
 _NOT_NEGATIVE_OR_NONE = ("model.importance_weight", "model.load_weight")

@@ -94,7 +94,9 @@ def claim(workdir, config, free=()) -> Claim:
 def check(workdir, config, free=()) -> None:
     """Raises unless the workdir belongs to a run of this config.
 
-    Writes nothing and takes no lock, so it suits those who only read.
+    A field that one of them does not have counts as None there, so that runs
+    go on when a config gains fields that are None. Writes nothing and takes
+    no lock, so it suits those who only read.
 
     Raises:
         FileNotFoundError: there is no run.
@@ -120,7 +122,7 @@ def check(workdir, config, free=()) -> None:
         f"  {name}: {then.get(name, 'missing')} in the workdir, "
         f"{now.get(name, 'missing')} now"
         for name in sorted(then.keys() | now.keys())
-        if then.get(name) != now.get(name)
+        if then.get(name, "null") != now.get(name, "null")
         and not any(f"{name}.".startswith(f"{field}.") for field in free)
     ]
     if lines:

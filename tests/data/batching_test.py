@@ -135,6 +135,45 @@ def test_evaluation_has_every_word_once_in_order(prepared):
     assert len(numbers) > 9
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_rows_are_a_multiple_and_the_rest_is_empty(prepared, training):
+    lengths = batching.bucket_lengths(20)
+    found = prepared.statistics["train"]
+    count = batching.batches_per_pass(found, 64, 20, rows_multiple=4)
+    dataset = batching.batches(
+        prepared, "train", 64, training=training, rows_multiple=4
+    )
+    batches = numpy_of(dataset, count)
+    full = {8: 8, 10: 4, 13: 4, 17: 4, 21: 4}  # 21 * 4 are over 64
+    assert list(full) == lengths
+    empty = 0
+    for inputs, targets, weights in batches:
+        rows, length = targets.shape
+        assert rows == full[length]
+        np.testing.assert_array_equal(weights, targets != 0)
+        is_empty = weights.sum(axis=1) == 0
+        assert not inputs["tokens"][is_empty].any()
+        assert not is_empty[0]
+        empty += is_empty.sum()
+    assert empty > 0
+    read = sentences(prepared, batches)
+    assert sorted(filter(None, read)) == sorted(texts(prepared))
+    if not training:
+        assert len(numpy_of(dataset)) == count
+
+
+def test_given_sentences_get_empty_rows(prepared):
+    lines = [b"w w w", b"w"]
+    inputs, targets, weights = batching.encode(prepared, lines, num_rows=4)
+    np.testing.assert_array_equal(tf.reduce_sum(weights, 1), [4, 2, 0, 0])
+    for bare, padded in zip(
+        tf.nest.flatten(batching.encode(prepared, lines)),
+        tf.nest.flatten((inputs, targets, weights)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(padded[:2], bare)
+
+
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_other_splits_are_for_evaluation_unless_said(held_corpus, split):
     corpus = held_corpus([b"a b\n", b"c\n"], split=split)
@@ -304,6 +343,7 @@ def test_odd_characters_count_alike_in_python_and_tensorflow(held_corpus):
         ({"seed": -1}, "`seed`.* seed=-1"),
         ({"start_step": -1}, "`start_step`.* start_step=-1"),
         ({"shuffle_buffer": -1}, "`shuffle_buffer`.* shuffle_buffer=-1"),
+        ({"rows_multiple": 0}, "`rows_multiple`.* rows_multiple=0"),
         ({"start_step": 2, "training": False}, "`start_step`.*Received: 2"),
     ],
 )

@@ -288,3 +288,38 @@ def test_interrupt_says_how_to_go_on(tmp_path):
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"same command" in told and b"Traceback" not in told
+
+
+def test_a_run_begins_on_a_mesh_and_goes_on_on_another(tmp_path):
+    short = ("--config.data.max_words=9", "--config.train.evaluate_every=1")
+    meshes = (
+        ("--config.mesh.batch=4",),
+        ("--config.mesh.batch=2", "--config.mesh.expert=2"),
+    )
+    for steps, mesh in zip((1, 2), meshes, strict=True):
+        result = run(tmp_path, *short, *mesh, f"--config.train.steps={steps}")
+        told = result.stdout.decode()
+        assert result.returncode == 0, result.stderr.decode()
+        assert f"step {steps}/{steps}: " in told
+        assert "test perplexity" in told
+        assert "retracing" not in result.stderr.decode()
+    assert "Going on from step 1." in told
+    # Without a mesh batches would be others, so that has to be said.
+    alone = (*short, "--config.train.steps=2", "--mode=sample")
+    result = run(tmp_path, *alone)
+    assert "data.rows_multiple: 8 in the workdir" in result.stderr.decode()
+    result = run(tmp_path, *alone, "--config.data.rows_multiple=8")
+    assert result.returncode == 0, result.stderr.decode()
+    samples = [x for x in told.splitlines() if x.startswith("sample: ")]
+    assert result.stdout.decode().splitlines() == samples
+
+
+def test_the_dry_run_of_a_mesh_needs_no_devices(tmp_path):
+    result = run(
+        tmp_path / "new",
+        "--mode=dry_run",
+        "--config.model.variant=MoE-512",
+        "--config.mesh.expert=512",
+    )
+    assert result.returncode == 0, result.stderr.decode()
+    assert "batch 1, expert 512, 512 devices" in result.stdout.decode()

@@ -1,0 +1,91 @@
+"""A run of two processes loses one, and goes on in one."""
+
+import csv
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+REPOSITORY = pathlib.Path(__file__).parents[2]
+TRAINER = [
+    *(sys.executable, "-m", "trainers.language_model"),
+    "--config=configs/lm_demo.py:tiny",
+    "--config.model.num_groups=8",
+    "--config.model.capacity_factor=1.25",
+    "--config.train.steps=6",
+]
+LAUNCH = [
+    *(sys.executable, "-m", "trainers.launch"),
+    *("--num_processes=2", "--grace_seconds=5", "--"),
+]
+
+
+def history(workdir):
+    with open(workdir / "history.csv") as file:
+        rows = list(csv.DictReader(file))
+    names = ("perplexity", "val_perplexity", "moe_dropped_fraction")
+    return [[float(row[name]) for name in names] for row in rows]
+
+
+def second_process(launcher):
+    """The process that holds the second place of the cluster."""
+    for folder in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (folder / "environ").read_bytes()
+            status = (folder / "status").read_text()
+        except OSError:
+            continue
+        child = f"PPid:\t{launcher.pid}\n" in status
+        if child and b'"index": 1' in environment:
+            return int(folder.name)
+    raise AssertionError("there is no second process")
+
+
+def test_a_killed_run_of_two_processes_goes_on_in_one(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    alone = subprocess.run(
+        [*TRAINER, f"--workdir={whole}"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        timeout=300,
+        text=True,
+    )
+    assert alone.returncode == 0, alone.stderr
+
+    command = [*LAUNCH, *TRAINER, f"--workdir={cut}", "--config.mesh.batch=4"]
+    with open(tmp_path / "printed", "w+") as printed:
+        launcher = subprocess.Popen(
+            command, cwd=REPOSITORY, stdout=printed, stderr=printed
+        )
+        try:
+            saved = cut / "checkpoints" / "last" / "step-00000002"
+            end = time.monotonic() + 200
+            while not saved.exists():
+                assert launcher.poll() is None and time.monotonic() < end
+                time.sleep(0.05)
+            os.kill(second_process(launcher), signal.SIGKILL)
+            assert launcher.wait(60) == 128 + signal.SIGKILL
+        finally:
+            launcher.kill()
+            launcher.wait()
+    text = (tmp_path / "printed").read_text()
+    assert "process 1 of 2 was ended by SIGKILL; ending the others" in text
+
+    again = subprocess.run(
+        [*TRAINER, f"--workdir={cut}", "--config.mesh.batch=2"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        timeout=300,
+        text=True,
+    )
+    assert again.returncode == 0, again.stderr
+    assert "Going on from step" in again.stdout
+    rows = history(cut)
+    # A step may be in the history and not saved: it was done once more.
+    assert len(rows) in (6, 7)
+    for want, got in zip(history(whole)[-3:], rows[-3:], strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)

@@ -1,0 +1,198 @@
+import json
+
+import pytest
+
+from configs import lm_demo
+from moe_tf.distribute import collectives
+from moe_tf.training import dry_run
+from moe_tf.training import meshes
+from moe_tf.training import tasks
+from moe_tf.training import wire
+from moe_tf.training import workdir as workdirs
+from tests.distribute import process
+
+
+def config_with(fields):
+    config = lm_demo.get_config("tiny")
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+@pytest.mark.parametrize(
+    "batch,expert,axes",
+    [
+        (None, None, None),
+        (4, None, {"batch": 4}),
+        (2, 2, {"batch": 2, "expert": 2}),
+        (None, 2, {"batch": 1, "expert": 2}),
+        (1, None, {"batch": 1}),
+    ],
+)
+def test_axes(batch, expert, axes):
+    fields = {"mesh.batch": batch, "mesh.expert": expert}
+    assert meshes.axes(config_with(fields)) == axes
+
+
+@pytest.mark.parametrize(
+    "fields,message",
+    [
+        ({"mesh.batch": 0}, "`mesh.batch`.*=0"),
+        ({"mesh.expert": -1}, "`mesh.expert`.*=-1"),
+        ({"model.num_groups": 0}, "`model.num_groups`.*=0"),
+        ({"data.rows_multiple": 0}, "`data.rows_multiple`.*=0"),
+        ({"mesh.batch": 3}, "`mesh.batch` must divide.*data.rows_multiple"),
+        (
+            {"mesh.batch": 4, "data.rows_multiple": 6},
+            "4 or 8 would do.*mesh.batch=4, data.rows_multiple=6",
+        ),
+        (
+            {"mesh.batch": 4, "model.num_groups": 2},
+            "mesh.batch=4, model.num_groups=2",
+        ),
+        ({"model.num_groups": 3}, "model.num_groups=3, data.rows_multiple=8"),
+        ({"mesh.batch": 8}, "`mesh.batch` must divide.*experts=4"),
+        ({"mesh.expert": 3}, "`mesh.expert` must divide.*experts=4"),
+        (
+            {"mesh.expert": 2, "model.variant": "4xLSTM-512"},
+            "`mesh.expert` is for variants with a choice of experts",
+        ),
+        (
+            {"mesh.batch": 2, "model.capacity_factor": 1.0},
+            "need `model.num_groups`.*capacity_factor=1.0",
+        ),
+        (
+            {"mesh.batch": 2, "model.gating": "batchwise"},
+            "need `model.num_groups`.*gating=batchwise",
+        ),
+        (
+            {"model.num_groups": 2, "model.variant": "4xLSTM-512"},
+            "num_groups.*choice of experts",
+        ),
+    ],
+)
+def test_what_does_not_divide_is_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        tasks.LanguageModelTask(config_with(fields))
+
+
+@pytest.mark.parametrize(
+    "fields,rows",
+    [
+        ({}, None),
+        ({"mesh.batch": 2}, 8),
+        ({"mesh.batch": 4}, 8),
+        ({"model.num_groups": 2}, 8),
+        ({"mesh.batch": 2, "data.rows_multiple": 4}, 4),
+        ({"data.rows_multiple": 4}, 4),
+    ],
+)
+def test_rows_do_not_depend_on_the_mesh(fields, rows):
+    config = config_with(fields)
+    tasks.LanguageModelTask(config)
+    assert config.data.rows_multiple == rows
+
+
+def test_the_mesh_may_change_and_groups_may_not(tmp_path):
+    config = config_with({"mesh.batch": 4, "model.num_groups": 4})
+    free = tasks.LanguageModelTask(config).free_fields
+    with workdirs.claim(tmp_path, config, free) as claim:
+        claim.record()
+    config.mesh.batch, config.mesh.expert = 2, 2
+    workdirs.check(tmp_path, config, free)
+    config.model.num_groups = 2
+    with pytest.raises(ValueError, match="model.num_groups: 4 in the workdir"):
+        workdirs.check(tmp_path, config, free)
+
+
+def test_a_run_from_before_a_field_was_there_goes_on(tmp_path):
+    config = lm_demo.get_config("tiny")
+    with workdirs.claim(tmp_path, config) as claim:
+        claim.record()
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    del fields["mesh"], fields["model"]["num_groups"]
+    path.write_text(json.dumps(fields))
+    workdirs.check(tmp_path, config)
+    config.model.num_groups = 2
+    with pytest.raises(ValueError, match="num_groups: missing.*2 now"):
+        workdirs.check(tmp_path, config)
+
+
+def test_the_dry_run_tells_what_devices_hold():
+    config = config_with({"mesh.batch": 2, "mesh.expert": 4})
+    task = tasks.LanguageModelTask(config)
+    told = dry_run.describe(task, config)
+    assert "batch 2, expert 4, 8 devices" in told
+    # Experts (4, 16, 32) twice, of which each has one of four; the rest:
+    # tables of 1000 words, two LSTMs, two gates.
+    whole = 2 * 1000 * 16 + 2 * 8 * 16**2 + 2 * 16 * 4
+    kibibytes = 4 * (whole + 2 * 16 * 32) / 1024
+    (line,) = [line for line in told.splitlines() if "each holds" in line]
+    assert line.split()[-2:] == [f"{kibibytes:,.1f}", "KiB"]
+    # Of 2 * 8 * 16^2 + 2 * 16 * 4 + 4 * 2 * 16 * 32 operations.
+    assert "all but experts: 51%" in told
+
+
+def test_the_dry_run_needs_no_mesh_to_be_there():
+    config = config_with({"mesh.expert": 512, "model.variant": "MoE-512"})
+    config.model.k = 4
+    task = tasks.LanguageModelTask(config)
+    assert "512 devices" in dry_run.describe(task, config)
+
+
+DENSE = {"mesh.batch": 4, "model.variant": "4xLSTM-512"}
+DROPS = {"model.k": 2, "model.capacity_factor": 1.25, "model.num_groups": 4}
+SENT = {
+    "dense": DENSE,
+    "one axis": {"mesh.batch": 4, **DROPS},
+    "two axes": {"mesh.batch": 2, "mesh.expert": 2, **DROPS},
+}
+
+
+def what_a_step_sends(workdir):
+    """By name: the collectives, and what the dry run tells of them."""
+    found = {}
+    for name, fields in SENT.items():
+        config = config_with({"data.max_words": 7, **fields})
+        task = tasks.LanguageModelTask(config, meshes.strategy(config))
+        prepared = task.prepare(workdir)
+        config.data.vocabulary_size = prepared.vocabulary.size
+        scorer = task.build(prepared)
+        inputs, targets, weights = next(iter(task.batches(prepared, "train")))
+        assert targets.shape == (32, 8)  # as many words as may be in a batch
+        ops = collectives.of(scorer.train_on_batch, inputs, targets, weights)
+        axes, variant = meshes.axes(config), task.variant()
+        told = wire.sent_for_gradients(variant, config, axes) + sum(
+            wire.sent_for_tokens(layer, variant.width, config, axes)
+            for layer in wire.mixtures(variant)
+        )
+        found[name] = ops, told
+    return found
+
+
+@pytest.fixture(scope="module")
+def sent(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    return process.run(what_a_step_sends, str(workdir))
+
+
+@pytest.mark.parametrize("name", SENT)
+def test_the_dry_run_tells_what_is_sent(sent, name):
+    found, told = sent[name]
+    size = SENT[name]["mesh.batch"]  # and of `expert`, where there is one
+    factor = {
+        "all-reduce": 2 * (size - 1) / size,
+        "all-gather": (size - 1) / size,
+        "all-to-all": (size - 1) / size,
+    }
+    # Besides: metrics and statistics of experts; ids of the words, twice.
+    large = [op for op in found if op.bytes > 32]
+    ids = [op for op in large if op.shape in ((32, 8), (256,))]
+    large = [op for op in large if op not in ids]
+    assert sum(factor[op.kind] * op.bytes for op in large) == told
+    assert len(ids) == 2
+    if name == "dense":
+        # One reduction for each kernel, whatever the length; none of tables.
+        assert sorted(op.shape for op in large) == sorted(
+            [(16, 64)] * 8 + [(16, 32), (256, 16), (32, 8, 16)]
+        )
