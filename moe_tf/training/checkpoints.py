@@ -217,17 +217,21 @@ class Checkpoints:
         if not os.path.isdir(self.directory):
             os.makedirs(self.directory, exist_ok=True)
             files.sync(os.path.dirname(self.directory))
-        for name in sorted(os.listdir(self.directory)):
-            path = os.path.join(self.directory, name)
+        names = os.listdir(self.directory)
+        for name in filter(_LEFTOVER.fullmatch, names):
+            shutil.rmtree(os.path.join(self.directory, name))
+        for name in names:
             match = _FOLDER.fullmatch(name)
-            if match and match[2]:
-                whole = path.removesuffix(".old")
-                if os.path.isdir(whole):
-                    shutil.rmtree(path)
-                else:
-                    os.rename(path, whole)
-            elif _LEFTOVER.fullmatch(name):
-                shutil.rmtree(path)
+            if not match or not match[2]:
+                continue
+            path = os.path.join(self.directory, name)
+            whole = path.removesuffix(".old")
+            if os.path.isdir(whole):
+                # Renamed first: another process may be reading it.
+                os.rename(path, path + ".tmp")
+                shutil.rmtree(path + ".tmp")
+            else:
+                os.rename(path, whole)
 
     def _copy(self):
         """The variables, whole, in this process."""
