@@ -1,9 +1,6 @@
 """What `fit` minimises when a language model trains."""
 
-import itertools
-
 import keras
-import tensorflow as tf
 from keras import ops
 
 from moe_tf import sharding
@@ -88,25 +85,6 @@ class NextWordScorer(keras.Model):
             weighted_metrics=[Perplexity(), WordCount()],
             **kwargs,
         )
-
-    def _make_function(self, step_function):
-        # Keras lets one program serve lengths that differ, by sizes that it
-        # does not know. On a mesh sizes must be known: one for each.
-        if not hasattr(self.distribute_strategy, "constrain"):
-            return super()._make_function(step_function)
-        functions = {}
-
-        def run(iterator):
-            batches = list(itertools.islice(iterator, self.steps_per_execution))
-            if not batches:
-                raise StopIteration
-            shapes = tuple(tuple(x.shape) for x in tf.nest.flatten(batches))
-            if shapes not in functions:
-                make = super(NextWordScorer, self)._make_function
-                functions[shapes] = make(step_function)
-            return functions[shapes](iter(batches))
-
-        return run
 
     def get_config(self):
         return {
