@@ -17,3 +17,23 @@ def balance(layer, statistic):
 def load_per_expert(layer):
     """Histogram over the experts of load / mean load; 1 is balance."""
     return f"balance_{layer}/load_over_mean"
+
+
+def bleu(pair):
+    """BLEU of greedy translations of validation text of a pair."""
+    return f"translation_{pair}/bleu"
+
+
+def chrf(pair):
+    """chrF of the same."""
+    return f"translation_{pair}/chrf"
+
+
+def signature(pair):
+    """How sacrebleu computed them, as text."""
+    return f"translation_{pair}/bleu_signature"
+
+
+def translations(pair):
+    """Some sources, translations and references, as text."""
+    return f"translation_{pair}/examples"

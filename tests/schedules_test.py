@@ -36,8 +36,19 @@ def test_first_step_is_finite_without_a_linear_part():
     assert rate(schedule, 1) == pytest.approx(0.4)
 
 
+def test_stays_at_the_peak_as_in_translation():
+    # Appendix E: 2,000 steps up, 8,000 constant, then 1 / sqrt(step).
+    schedule = WarmupInverseSqrt(0.4, warmup_steps=2000, constant_steps=8000)
+    assert rate(schedule, 1000) == pytest.approx(0.2)
+    for step in (2000, 5000, 10_000):
+        assert rate(schedule, step) == pytest.approx(0.4)
+    assert rate(schedule, 40_000) == pytest.approx(0.2)
+
+
 def test_drives_an_optimizer_and_survives_its_serialisation():
-    optimizer = keras.optimizers.SGD(WarmupInverseSqrt(0.5, warmup_steps=2))
+    optimizer = keras.optimizers.SGD(
+        WarmupInverseSqrt(0.5, warmup_steps=1, constant_steps=1)
+    )
     optimizer = keras.optimizers.deserialize(
         keras.optimizers.serialize(optimizer)
     )
@@ -47,7 +58,7 @@ def test_drives_an_optimizer_and_survives_its_serialisation():
         before = float(weight)
         optimizer.apply([keras.ops.convert_to_tensor(-1.0)], [weight])
         moved.append(float(weight) - before)
-    want = [0.0, 0.25, 0.5, 0.5 * np.sqrt(2 / 3)]
+    want = [0.0, 0.5, 0.5, 0.5 * np.sqrt(2 / 3)]
     np.testing.assert_allclose(moved, want, rtol=1e-5)
 
 
@@ -57,6 +68,7 @@ def test_drives_an_optimizer_and_survives_its_serialisation():
         ({"peak": 0.0}, "peak"),
         ({"peak": float("nan")}, "peak"),
         ({"peak": 1.0, "warmup_steps": 0}, "warmup_steps"),
+        ({"peak": 1.0, "constant_steps": -1}, "constant_steps"),
     ],
 )
 def test_refuses(arguments, field):

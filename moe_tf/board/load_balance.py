@@ -61,23 +61,23 @@ class LoadBalanceBoard(keras.callbacks.Callback):
         due = self.step() // self.update_freq
         if due > self._written:
             self._written = due
-            with self._disk_errors():
+            with self.disk_errors():
                 self.write_training(logs or {})
 
     def on_test_end(self, logs=None):
-        with self._disk_errors():
+        with self.disk_errors():
             self.write_validation(logs or {})
             for writer in self._writers.values():
                 writer.flush()
 
     def on_train_end(self, logs=None):
-        with self._disk_errors():
+        with self.disk_errors():
             for writer in self._writers.values():
                 writer.close()
         self._writers = {}
 
     @contextlib.contextmanager
-    def _disk_errors(self):
+    def disk_errors(self):
         # TensorFlow's would be taken by Keras for the end of the data.
         try:
             yield

@@ -179,6 +179,15 @@ class Checkpoints:
             raise FileNotFoundError(f"There is no checkpoint folder {path}.")
         return self._restore(path)
 
+    def restore_step(self, step) -> dict:
+        """`restore` of the checkpoint of a step.
+
+        Raises:
+            FileNotFoundError: there is none; else as `restore`.
+        """
+        path = os.path.join(self.directory, f"step-{step:08d}")
+        return self.restore(self._folders().get(step, path))
+
     def _folders(self):
         """Paths of the checkpoints by step."""
         try:

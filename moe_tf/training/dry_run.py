@@ -18,47 +18,64 @@ _STATE_OF_KERNEL = {
 }
 
 
-def describe(task, config):
+def describe(variant, config):
     """Parameters, operations and bytes of a language model's run, as text.
 
     On a mesh also what each device holds and sends, by its config alone.
     """
-    variant = task.variant()
     counts = variants.count(variant)
-    vocabulary = variants.vocabulary_parameters(
-        variant, config.data.vocabulary_size
-    )
-    total = counts.parameters + vocabulary
-    weights = total * _FLOAT_BYTES
-    state = _FLOAT_BYTES * sum(
-        _STATE_OF_KERNEL[config.train.optimizer](shape)
-        for shape in variants.kernel_shapes(
-            variant, config.data.vocabulary_size
-        )
-    )
-    lengths = batching.bucket_lengths(config.data.max_words)
+    size = config.data.vocabulary_size
+    total = counts.parameters + variants.vocabulary_parameters(variant, size)
     rows = [
         (f"{variant.name}, width {variant.width}", ""),
         ("parameters", f"{counts.parameters:,}"),
         ("  with embedding and softmax, at most", f"{total:,}"),
         ("operations per word (multiply-adds)", f"{counts.ops_per_timestep:,}"),
-        ("weights", _bytes(weights)),
-        ("  their gradients", _bytes(weights)),
-        (f"  state of {config.train.optimizer}", _bytes(state)),
+        *weight_rows(variants.kernel_shapes(variant, size), config),
         ("words a batch, padding included", f"{config.data.batch_words:,}"),
-        ("  padded to one of", ", ".join(map(str, lengths))),
+        padded_row(batching.bucket_lengths(config.data.max_words)),
+        *expert_rows(variant.layers, config, config.data.batch_words),
     ]
-    for layer in variant.layers:
-        if isinstance(layer, variants.Experts):
-            rows += _expert_rows(layer, config)
     axes = meshes.axes(config)
     if axes is not None:
         rows += _mesh_rows(variant, counts, config, axes)
+    return table(rows)
+
+
+def table(rows):
+    """Rows of a name and what it is, as text."""
     return "\n".join(f"{name:40}{value}".rstrip() for name, value in rows)
 
 
-def _expert_rows(layer, config):
-    rows_a_batch = layer.experts_per_word * config.data.batch_words
+def weight_rows(shapes, config):
+    """What weights of these shapes, and training them, take."""
+    weights = _FLOAT_BYTES * sum(map(math.prod, shapes))
+    state = _FLOAT_BYTES * sum(
+        map(_STATE_OF_KERNEL[config.train.optimizer], shapes)
+    )
+    return [
+        ("weights", _bytes(weights)),
+        ("  their gradients", _bytes(weights)),
+        (f"  state of {config.train.optimizer}", _bytes(state)),
+    ]
+
+
+def padded_row(lengths):
+    """The lengths that sentences are padded to."""
+    return ("  padded to one of", ", ".join(map(str, lengths)))
+
+
+def expert_rows(layers, config, batch_tokens):
+    """What layers of experts see of a batch of so many tokens, and keep."""
+    rows = []
+    for layer in layers:
+        if isinstance(layer, variants.Experts):
+            rows += _expert_rows(layer, config, batch_tokens)
+    return rows
+
+
+def _expert_rows(layer, config, batch_tokens):
+    rows_a_batch = layer.experts_per_word * batch_tokens
     capacity = config.model.capacity_factor
     kept = ", not kept" if config.model.recompute else ""
     limit = "none is dropped"

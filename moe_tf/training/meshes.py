@@ -34,12 +34,12 @@ def strategy(config):
     return None if sizes is None else MeshStrategy(sizes)
 
 
-def check(config, variant):
+def check(config, layers):
     """Refuses what a mesh cannot divide; sets `data.rows_multiple`.
 
     Args:
         config: its numbers are whole and positive.
-        variant: `language_model_variants.Variant`
+        layers: what the model consists of, as data.
 
     Raises:
         ValueError: a size does not divide what it must.
@@ -55,7 +55,7 @@ def check(config, variant):
         _check_divides("model.num_groups", groups, "data.rows_multiple", rows)
     axis = sharding.expert_axis(sizes)
     mixtures = [
-        layer for layer in variant.layers if isinstance(layer, variants.Experts)
+        layer for layer in layers if isinstance(layer, variants.Experts)
     ]
     for layer in mixtures:
         _check_divides(

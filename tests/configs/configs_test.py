@@ -8,7 +8,7 @@ import pytest
 
 import configs
 from moe_tf.training import loop
-from moe_tf.training import tasks
+from moe_tf.training.language_model_task import LanguageModelTask
 
 NAMES = sorted(
     path.stem
@@ -48,7 +48,7 @@ def write_benchmark(folder):
 @pytest.mark.parametrize("name", NAMES)
 def test_builds_and_fits_the_task(name, arg):
     config = config_of(name, *arg)
-    task = tasks.LanguageModelTask(config)
+    task = LanguageModelTask(config)
     if arg:
         assert task.variant().name == arg[0]
 
@@ -60,7 +60,7 @@ def test_tiny_form_trains_two_steps(name, tmp_path, capsys):
         write_benchmark(tmp_path)
         config.data.path = str(tmp_path)
     keras.utils.set_random_seed(config.seed)
-    task = tasks.LanguageModelTask(config)
+    task = LanguageModelTask(config)
     loop.train(task, config, str(tmp_path / "run"))
     told = capsys.readouterr().out
     assert "step 2/2" in told

@@ -14,8 +14,8 @@ from configs import lm_demo
 from moe_tf.training import checkpoints
 from moe_tf.training import loop
 from moe_tf.training import meshes
-from moe_tf.training import tasks
 from moe_tf.training import variables
+from moe_tf.training.language_model_task import LanguageModelTask
 from tests.distribute import process
 
 STEPS = 8
@@ -41,7 +41,7 @@ def config_of(variant, axes, steps=STEPS):
 def train(config, strategy, workdir):
     keras.backend.clear_session()
     keras.utils.set_random_seed(config.seed)
-    task = tasks.LanguageModelTask(config, strategy)
+    task = LanguageModelTask(config, strategy)
     loop.train(task, config, str(workdir))
 
 
@@ -132,8 +132,8 @@ def test_an_interrupted_run_ends_with_the_same_bits(runs):
 def evaluate_on(axes, workdir):
     """What all modes but training say of a run, on another mesh."""
     config = config_of(MOE, axes)
-    task = tasks.LanguageModelTask(config, meshes.strategy(config))
-    prepared, scorer = loop._open_best(task, config, workdir)
+    task = LanguageModelTask(config, meshes.strategy(config))
+    prepared, scorer = loop.open_state(task, config, workdir)
     figures = scorer.evaluate(
         task.batches(prepared, "test"),
         steps=task.num_batches(prepared, "test"),
@@ -164,7 +164,7 @@ def pass_on(start, folder):
         config = config_of(MOE, dict(axes))
         keras.utils.set_random_seed(number)
         keras.backend.clear_session()
-        task = tasks.LanguageModelTask(config, meshes.strategy(config))
+        task = LanguageModelTask(config, meshes.strategy(config))
         prepared = task.prepare(str(pathlib.Path(folder, "run")))
         named = variables.named_variables(task.build(prepared))
         saved = checkpoints.Checkpoints(f"{folder}/{number}", named)

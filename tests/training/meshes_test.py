@@ -6,9 +6,9 @@ from configs import lm_demo
 from moe_tf.distribute import collectives
 from moe_tf.training import dry_run
 from moe_tf.training import meshes
-from moe_tf.training import tasks
 from moe_tf.training import wire
 from moe_tf.training import workdir as workdirs
+from moe_tf.training.language_model_task import LanguageModelTask
 from tests.distribute import process
 
 
@@ -72,7 +72,7 @@ def test_axes(batch, expert, axes):
 )
 def test_what_does_not_divide_is_named(fields, message):
     with pytest.raises(ValueError, match=message):
-        tasks.LanguageModelTask(config_with(fields))
+        LanguageModelTask(config_with(fields))
 
 
 @pytest.mark.parametrize(
@@ -88,13 +88,13 @@ def test_what_does_not_divide_is_named(fields, message):
 )
 def test_rows_do_not_depend_on_the_mesh(fields, rows):
     config = config_with(fields)
-    tasks.LanguageModelTask(config)
+    LanguageModelTask(config)
     assert config.data.rows_multiple == rows
 
 
 def test_the_mesh_may_change_and_groups_may_not(tmp_path):
     config = config_with({"mesh.batch": 4, "model.num_groups": 4})
-    free = tasks.LanguageModelTask(config).free_fields
+    free = LanguageModelTask(config).free_fields
     with workdirs.claim(tmp_path, config, free) as claim:
         claim.record()
     config.mesh.batch, config.mesh.expert = 2, 2
@@ -120,8 +120,8 @@ def test_a_run_from_before_a_field_was_there_goes_on(tmp_path):
 
 def test_the_dry_run_tells_what_devices_hold():
     config = config_with({"mesh.batch": 2, "mesh.expert": 4})
-    task = tasks.LanguageModelTask(config)
-    told = dry_run.describe(task, config)
+    task = LanguageModelTask(config)
+    told = dry_run.describe(task.variant(), config)
     assert "batch 2, expert 4, 8 devices" in told
     # Experts (4, 16, 32) twice, of which each has one of four; the rest:
     # tables of 1000 words, two LSTMs, two gates.
@@ -136,8 +136,8 @@ def test_the_dry_run_tells_what_devices_hold():
 def test_the_dry_run_needs_no_mesh_to_be_there():
     config = config_with({"mesh.expert": 512, "model.variant": "MoE-512"})
     config.model.k = 4
-    task = tasks.LanguageModelTask(config)
-    assert "512 devices" in dry_run.describe(task, config)
+    task = LanguageModelTask(config)
+    assert "512 devices" in dry_run.describe(task.variant(), config)
 
 
 DENSE = {"mesh.batch": 4, "model.variant": "4xLSTM-512"}
@@ -154,7 +154,7 @@ def what_a_step_sends(workdir):
     found = {}
     for name, fields in SENT.items():
         config = config_with({"data.max_words": 7, **fields})
-        task = tasks.LanguageModelTask(config, meshes.strategy(config))
+        task = LanguageModelTask(config, meshes.strategy(config))
         prepared = task.prepare(workdir)
         config.data.vocabulary_size = prepared.vocabulary.size
         scorer = task.build(prepared)

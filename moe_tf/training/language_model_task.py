@@ -1,4 +1,4 @@
-"""A task brings model, data and loss together from a config."""
+"""Language modelling: model, data and loss together from a config."""
 
 import contextlib
 import dataclasses
@@ -7,9 +7,7 @@ import keras
 import ml_collections
 import tensorflow as tf
 
-from moe_tf import checks
 from moe_tf import decoding
-from moe_tf import optimizers
 from moe_tf import schedules
 from moe_tf.data import batching
 from moe_tf.data import preparation
@@ -19,13 +17,10 @@ from moe_tf.layers import routers
 from moe_tf.models import language_model_variants as variants
 from moe_tf.models.language_model import LanguageModel
 from moe_tf.models.next_word_scorer import NextWordScorer
+from moe_tf.training import dry_run
+from moe_tf.training import fields
 from moe_tf.training import meshes
 from moe_tf.training import scoring
-
-OPTIMIZERS = {
-    "adam": keras.optimizers.Adam,
-    "factored_adam": optimizers.FactoredAdam,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +49,20 @@ class LanguageModelTask:
     )
 
     def __post_init__(self):
-        _check_fields(self.config)
-        meshes.check(self.config, self.variant())
+        fields.check(
+            self.config,
+            counts=(
+                "data.batch_words",
+                "data.max_words",
+                "data.vocabulary_size",
+                "sample.num_sentences",
+                "sample.max_words",
+            ),
+            counts_from_zero=("data.shuffle_buffer", "sample.seed"),
+            counts_or_none=("model.width", "model.num_sampled"),
+            not_negative=("sample.temperature",),
+        )
+        meshes.check(self.config, self.variant().layers)
         self._check_experts()
 
     def _check_experts(self) -> None:
@@ -115,7 +122,7 @@ class LanguageModelTask:
                 )
             )
             scorer.build()
-            optimizer = OPTIMIZERS[train.optimizer](
+            optimizer = fields.OPTIMIZERS[train.optimizer](
                 schedules.WarmupInverseSqrt(
                     train.learning_rate, train.warmup_steps
                 ),
@@ -154,6 +161,53 @@ class LanguageModelTask:
             data.max_words,
             data.rows_multiple,
         )
+
+    def describe(self) -> str:
+        """What a run will hold and cost, before anything is allocated."""
+        return dry_run.describe(self.variant(), self.config)
+
+    def describe_data(self, prepared: preparation.Prepared) -> list[str]:
+        """A line for each split, and one for what training sees of it."""
+        told = []
+        for split, found in prepared.statistics.items():
+            skipped = sum(found.skipped.values()) - found.skipped["blank"]
+            told.append(
+                f"{split}: {found.lines:,} sentences, {found.words:,} words "
+                f"with ends, {100 * found.unknown_rate:.2f}% unknown, "
+                f"{skipped:,} lines skipped"
+            )
+        steps = self.config.train.steps
+        passes = steps / self.num_batches(prepared, "train")
+        told.append(f"{steps:,} steps are {passes:.2f} passes over train")
+        return told
+
+    def callbacks(self, prepared, board) -> list[keras.callbacks.Callback]:
+        """What this task adds to the callbacks of every trainer."""
+        del prepared, board
+        return []
+
+    def evaluate(
+        self, scorer: NextWordScorer, prepared: preparation.Prepared, split: str
+    ) -> list[str]:
+        """The perplexity on a split, told in a line."""
+        figures = scorer.evaluate(
+            self.batches(prepared, split),
+            steps=self.num_batches(prepared, split),
+            return_dict=True,
+            verbose=0,
+        )
+        unknown = 100 * prepared.statistics[split].unknown_rate
+        return [
+            f"{split} perplexity {figures['perplexity']:.2f} over "
+            f"{int(figures['words'])} words, ends of sentences counted "
+            f"({unknown:.2f}% unknown)"
+        ]
+
+    def show(
+        self, scorer: NextWordScorer, prepared: preparation.Prepared
+    ) -> list[str]:
+        """Sentences of the trained model, told after training."""
+        return [f"sample: {text}" for text in self.sample(scorer, prepared)]
 
     def score(
         self,
@@ -210,74 +264,3 @@ _OF_EXPERTS = (
     "num_groups",
     "recompute",
 )
-_COUNTS = (
-    "data.batch_words",
-    "data.max_words",
-    "data.vocabulary_size",
-    "train.steps",
-    "train.evaluate_every",
-    "train.log_every",
-    "train.keep_checkpoints",
-    "train.warmup_steps",
-    "sample.num_sentences",
-    "sample.max_words",
-)
-_COUNTS_FROM_ZERO = ("data.shuffle_buffer", "sample.seed")
-_COUNTS_OR_NONE = (
-    "mesh.batch",
-    "mesh.expert",
-    "data.rows_multiple",
-    "model.width",
-    "model.k",
-    "model.num_sampled",
-    "model.num_groups",
-)
-_POSITIVE_OR_NONE = ("model.capacity_factor", "train.clip_norm")
-_NOT_NEGATIVE = ("sample.temperature",)
-_NOT_NEGATIVE_OR_NONE = ("model.importance_weight", "model.load_weight")
-
-
-def _check_fields(config):
-    """Refuses values that would fail later, when work has been done."""
-
-    def value_of(field):
-        group, _, name = field.partition(".")
-        return config[group][name]
-
-    checks.at_least("seed", config.seed, 0)
-    try:
-        keras.dtype_policies.get(config.dtype_policy)
-    except ValueError as error:
-        raise ValueError(
-            "`dtype_policy` must be one of Keras's, such as float32 or "
-            f"mixed_bfloat16. Received: dtype_policy={config.dtype_policy}"
-        ) from error
-    if config.train.optimizer not in OPTIMIZERS:
-        raise ValueError(
-            f"`train.optimizer` must be one of {', '.join(OPTIMIZERS)}. "
-            f"Received: train.optimizer={config.train.optimizer}"
-        )
-    for field in _COUNTS:
-        checks.at_least(field, value_of(field), 1)
-    for field in _COUNTS_FROM_ZERO:
-        checks.at_least(field, value_of(field), 0)
-    for field in _COUNTS_OR_NONE:
-        checks.at_least(field, value_of(field), 1, none_is_fine=True)
-    for field in _POSITIVE_OR_NONE:
-        checks.positive(field, value_of(field), none_is_fine=True)
-    for field in _NOT_NEGATIVE:
-        checks.not_negative(field, value_of(field))
-    for field in _NOT_NEGATIVE_OR_NONE:
-        checks.not_negative(field, value_of(field), none_is_fine=True)
-    checks.positive("train.learning_rate", config.train.learning_rate)
-    if not 0 <= config.model.dropout < 1:
-        raise ValueError(
-            "`model.dropout` must be at least 0 and below 1. "
-            f"Received: model.dropout={config.model.dropout}"
-        )
-    steps, every = config.train.steps, config.train.evaluate_every
-    if steps % every:
-        raise ValueError(
-            "`train.steps` must be a multiple of `train.evaluate_every`. "
-            f"Received: train.steps={steps}, train.evaluate_every={every}"
-        )

@@ -1,0 +1,73 @@
+"""The flags and the `main` that all trainers share."""
+
+import logging as python_logging
+import sys
+
+import keras
+from absl import app
+from absl import flags
+from absl import logging
+from ml_collections import config_flags
+
+from moe_tf.training import checkpoints
+from moe_tf.training import meshes
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", lock_config=True, help_string="The experiment: file.py[:arg]."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run; a run that is there resumes."
+)
+
+_TOLD_IN_A_LINE = (
+    ValueError,
+    OSError,
+    ImportError,
+    ArithmeticError,
+    checkpoints.DamagedCheckpointError,
+)
+
+
+def run(make_task, modes):
+    """Runs a trainer as a console script.
+
+    Args:
+        make_task: function of a config and an optional `MeshStrategy` to a
+            `Task`.
+        modes: dict from the names that `--mode` takes to functions of a task,
+            its config and the workdir.
+    """
+    mode = flags.DEFINE_enum("mode", "train", list(modes), "What to do.")
+
+    def main(argv):
+        if len(argv) > 1:
+            raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
+        config = _CONFIG.value
+        logging.info("Config:\n%s", config)
+        try:
+            # Devices are made before TensorFlow starts; a dry run needs none.
+            dry = mode.value == "dry_run"
+            strategy = None if dry else meshes.strategy(config)
+            python_logging.getLogger("tensorflow").addFilter(_is_news)
+            task = make_task(config, strategy)
+            keras.utils.set_random_seed(config.seed)
+            keras.config.set_dtype_policy(config.dtype_policy)
+            modes[mode.value](task, config, _WORKDIR.value)
+        except _TOLD_IN_A_LINE as error:
+            # Wrong input and full disks are told in a line; --verbosity=1
+            # adds where it was noticed.
+            logging.log(logging.DEBUG, "Traceback:", exc_info=True)
+            raise SystemExit(f"{type(error).__name__}: {error}") from None
+        except KeyboardInterrupt:
+            print("Interrupted. The same command goes on.", file=sys.stderr)
+            raise SystemExit(130) from None
+
+    # Progress is printed; TensorFlow and Keras tell theirs with --verbosity=0.
+    flags.FLAGS.verbosity = logging.WARNING
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)
+
+
+def _is_news(record):
+    # On a mesh every length of batches has a program of its own.
+    return "triggered tf.function retracing" not in record.getMessage()
