@@ -3,7 +3,6 @@
 import functools
 
 import keras
-import numpy as np
 from keras import ops
 
 from moe_tf import sharding
@@ -15,6 +14,7 @@ from moe_tf.layers.moe import SparseMoE
 from moe_tf.layers.projected_lstm import ProjectedLSTMCell
 from moe_tf.layers.sampled_softmax import SampledSoftmax
 from moe_tf.models import language_model_variants as variants
+from moe_tf.models import seeds
 
 
 @keras.saving.register_keras_serializable(package="moe_tf")
@@ -104,7 +104,7 @@ class LanguageModel(keras.Model):
             "seed": seed,
         }
         # One seed each: equal ones would tie dropout to the gate's noise.
-        dropout_seed, moe_seed, softmax_seed = _split(seed, 3)
+        dropout_seed, moe_seed, softmax_seed = seeds.split(seed, 3)
         dtype = self.dtype_policy
         self.embedding = keras.layers.Embedding(
             vocabulary_size, self.variant.width, dtype=dtype, name="embedding"
@@ -267,13 +267,3 @@ def _make_lstm(layer, width, index, dtype):
         dtype=dtype,
         name=name,
     )
-
-
-def _split(seed, num):
-    """`num` seeds from one; all `None` from `None`."""
-    if seed is None:
-        return [None] * num
-    return [
-        int(word) & 0x7FFFFFFF
-        for word in np.random.SeedSequence(seed).generate_state(num)
-    ]
