@@ -7,8 +7,8 @@ from keras import ops
 
 from moe_tf import sharding
 from moe_tf.decoding import PADDING_ID
-from moe_tf.layers import lstm_loop
 from moe_tf.layers import mesh_rows
+from moe_tf.layers import recurrence
 from moe_tf.layers.feed_forward import FeedForward
 from moe_tf.layers.moe import SparseMoE
 from moe_tf.layers.projected_lstm import ProjectedLSTMCell
@@ -149,7 +149,7 @@ class LanguageModel(keras.Model):
         x_BLD = self.dropout(self._embed(tokens), training=training)
         for block in self.blocks:
             if isinstance(block, keras.layers.RNN):
-                y_BLD = _recur(block, x_BLD, training)
+                y_BLD = recurrence.run(block, x_BLD, training)
             else:
                 y_BLD = _feed_forward(block, x_BLD, mask_BL, training)
             x_BLD += self.dropout(y_BLD, training=training)
@@ -207,16 +207,6 @@ class LanguageModel(keras.Model):
             for block in self.blocks
             if isinstance(block, keras.layers.RNN)
         ]
-
-
-def _recur(block, x_BLD, training):
-    if sharding.axes() is None:
-        return block(x_BLD, training=training)
-    kernels = (
-        ops.cast(kernel, x_BLD.dtype)
-        for kernel in block.cell.trainable_variables
-    )
-    return lstm_loop.lstm(x_BLD, *kernels)
 
 
 def _feed_forward(block, x, mask, training):

@@ -1,10 +1,12 @@
 """Makes translation models by the names of their variants."""
 
 from moe_tf.models import translation_variants
+from moe_tf.models.gnmt import Gnmt
 from moe_tf.models.transformer import Transformer
 from moe_tf.models.translation_model import settings_of
 
 MODELS = {
+    translation_variants.GNMT: Gnmt,
     translation_variants.TRANSFORMER: Transformer,
 }
 
