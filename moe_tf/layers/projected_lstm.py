@@ -10,6 +10,14 @@ from keras import ops
 from moe_tf import checks
 
 
+def gates(z_BG, c_BH):
+    """The new output, before its projection, and the new memory."""
+    i_BH, f_BH, g_BH, o_BH = ops.split(z_BG, 4, axis=-1)
+    c_BH = ops.sigmoid(f_BH) * c_BH
+    c_BH += ops.sigmoid(i_BH) * ops.tanh(g_BH)
+    return ops.sigmoid(o_BH) * ops.tanh(c_BH), c_BH
+
+
 @keras.saving.register_keras_serializable(package="moe_tf")
 class ProjectedLSTMCell(keras.layers.Layer):
     """One step of an LSTM with a recurrent projection layer.
@@ -72,10 +80,7 @@ class ProjectedLSTMCell(keras.layers.Layer):
         r_BP, c_BH = states
         z_BG = ops.matmul(inputs, self.kernel_IG)
         z_BG += ops.matmul(r_BP, self.recurrent_PG)
-        i_BH, f_BH, g_BH, o_BH = ops.split(z_BG, 4, axis=-1)
-        c_BH = ops.sigmoid(f_BH) * c_BH
-        c_BH += ops.sigmoid(i_BH) * ops.tanh(g_BH)
-        h_BH = ops.sigmoid(o_BH) * ops.tanh(c_BH)
+        h_BH, c_BH = gates(z_BG, c_BH)
         r_BP = ops.matmul(h_BH, self.projection_HP)
         return r_BP, [r_BP, c_BH]
 

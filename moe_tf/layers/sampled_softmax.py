@@ -1,20 +1,18 @@
 """The output layer: a softmax over the vocabulary, sampled in training.
 
-Letters: `J` drawn classes, `X` tokens of one chunk, `N` chunks.
+Letters: `J` drawn classes.
 """
 
 import math
 
 import keras
-import tensorflow as tf
 from keras import ops
 
 from moe_tf import checks
 from moe_tf import sharding
 from moe_tf.layers import mesh_rows
-from moe_tf.layers import vocabulary_chunks
-
-_CHUNK_BYTES = 64 * 2**20
+from moe_tf.layers import token_chunks
+from moe_tf.layers import whole_softmax
 
 
 def log_uniform_ids(uniform_J, vocabulary_size):
@@ -68,116 +66,6 @@ def sampled_nll(sampled_TJ, target_T, hidden_TJ):
     others_TJ = ops.where(hidden_TJ, -math.inf, sampled_TJ)
     all_TJ = ops.concatenate([target_T[:, None], others_TJ], axis=1)
     return ops.logsumexp(all_TJ, axis=1) - target_T
-
-
-def full_nll(features_TD, kernel_VD, targets_T, chunk_bytes=_CHUNK_BYTES):
-    """Negative log-likelihood under the whole softmax, chunk by chunk.
-
-    At most about `chunk_bytes` of logits exist at a time, in the gradient
-    too, which computes them a second time and has no gradient of its own.
-    Products have the dtype of the features; sums are float32 or wider.
-
-    Args:
-        features_TD: float.
-        kernel_VD: float.
-        targets_T: int.
-        chunk_bytes: int.
-
-    Returns:
-        Float32 `(T,)`; float64 for float64 features.
-    """
-    most = max(1, chunk_bytes // (4 * kernel_VD.shape[0]))
-    targets_NX = _chunks(targets_T, most)
-
-    @tf.custom_gradient
-    def nll(features_NXD, kernel_VD):
-        weights_VD = ops.cast(kernel_VD, features_NXD.dtype)
-        log_sum_NX, target_NX = _forward(features_NXD, weights_VD, targets_NX)
-
-        def gradient(upstream_NX):
-            features_grad_NXD, kernel_grad_VD = _backward(
-                features_NXD, weights_VD, targets_NX, log_sum_NX, upstream_NX
-            )
-            return features_grad_NXD, ops.cast(kernel_grad_VD, kernel_VD.dtype)
-
-        return log_sum_NX - target_NX, gradient
-
-    # A variable would be an input that `custom_gradient` wants to hear of.
-    nll_NX = nll(_chunks(features_TD, most), tf.convert_to_tensor(kernel_VD))
-    return ops.reshape(nll_NX, (-1,))[: ops.shape(targets_T)[0]]
-
-
-def _chunks(x_T, most):
-    """Splits the first axis into equal chunks of `most` at the most."""
-    total = ops.shape(x_T)[0]
-    num_chunks = ops.maximum(1, (total + most - 1) // most)
-    size = (total + num_chunks - 1) // num_chunks
-    missing = num_chunks * size - total
-    zeros = ops.zeros((missing, *x_T.shape[1:]), dtype=x_T.dtype)
-    padded = ops.concatenate([x_T, zeros], axis=0)
-    return ops.reshape(padded, (num_chunks, size, *x_T.shape[1:]))
-
-
-def _wide(dtype):
-    return keras.backend.result_type(dtype, "float32")
-
-
-def _logits(features_XD, weights_VD):
-    logits_XV = ops.einsum("XD,VD->XV", features_XD, weights_VD)
-    return ops.cast(logits_XV, _wide(weights_VD.dtype))
-
-
-def _forward(features_NXD, weights_VD, targets_NX):
-    """Log-partition and target logit of every token."""
-    wide = _wide(weights_VD.dtype)
-
-    def one_chunk(chunk):
-        features_XD, targets_X = chunk
-        logits_XV = _logits(features_XD, weights_VD)
-        target_X1 = ops.take_along_axis(logits_XV, targets_X[:, None], axis=1)
-        return ops.logsumexp(logits_XV, axis=1), target_X1[:, 0]
-
-    return tf.map_fn(
-        one_chunk,
-        (features_NXD, targets_NX),
-        fn_output_signature=(wide, wide),
-        parallel_iterations=1,
-    )
-
-
-def _backward(features_NXD, weights_VD, targets_NX, log_sum_NX, upstream_NX):
-    """Gradients of the features and, summed over tokens, of the kernel."""
-    dtype, wide = weights_VD.dtype, _wide(weights_VD.dtype)
-    vocabulary_size = weights_VD.shape[0]
-    num_chunks = tf.shape(features_NXD)[0]
-
-    def add_chunk(index, kernel_grad_VD, features_grads):
-        features_XD = features_NXD[index]
-        logits_XV = _logits(features_XD, weights_VD)
-        error_XV = ops.exp(logits_XV - log_sum_NX[index][:, None])
-        error_XV -= ops.one_hot(targets_NX[index], vocabulary_size, dtype=wide)
-        error_XV = ops.cast(error_XV * upstream_NX[index][:, None], dtype)
-        kernel_grad_VD += ops.cast(
-            ops.einsum("XV,XD->VD", error_XV, features_XD), wide
-        )
-        features_grad_XD = ops.einsum("XV,VD->XD", error_XV, weights_VD)
-        features_grads = features_grads.write(index, features_grad_XD)
-        return index + 1, kernel_grad_VD, features_grads
-
-    _, kernel_grad_VD, features_grads = tf.while_loop(
-        lambda index, *_: index < num_chunks,
-        add_chunk,
-        (
-            0,
-            ops.zeros(weights_VD.shape, dtype=wide),
-            tf.TensorArray(dtype, size=num_chunks),
-        ),
-        parallel_iterations=1,
-    )
-    return (
-        ops.reshape(features_grads.stack(), ops.shape(features_NXD)),
-        kernel_grad_VD,
-    )
 
 
 @keras.saving.register_keras_serializable(package="moe_tf")
@@ -246,11 +134,9 @@ class SampledSoftmax(keras.layers.Layer):
 
     def logits(self, features):
         """Logits of every word: `(..., D)` to float32 `(..., V)`."""
-        features = ops.cast(features, self.compute_dtype)
-        kernel_VD = ops.cast(self.kernel_VD, self.compute_dtype)
-        leading = "ABLNT"[: len(features.shape) - 1]  # DTensor lacks "..."
-        logits = ops.einsum(f"{leading}D,VD->{leading}V", features, kernel_VD)
-        return ops.cast(logits, _wide(self.compute_dtype))
+        return whole_softmax.logits(
+            features, self.kernel_VD, self.compute_dtype
+        )
 
     def draw(self):
         """Draws ids, int32 `(num_sampled,)`, sorted; advances the seed."""
@@ -270,14 +156,14 @@ class SampledSoftmax(keras.layers.Layer):
         )
         if training and sampled:
             nll_T = self._sampled(x_TD, targets_T)
-        elif sharding.axes() is not None:
-            nll_T = vocabulary_chunks.full_nll(x_TD, self.kernel_VD, targets_T)
         else:
-            nll_T = full_nll(x_TD, self.kernel_VD, targets_T)
+            nll_T = whole_softmax.full_nll(x_TD, self.kernel_VD, targets_T)
         return ops.reshape(nll_T, ops.shape(targets))
 
     def compute_output_spec(self, inputs, targets, training=False):
-        return keras.KerasTensor(targets.shape, dtype=_wide(self.compute_dtype))
+        return keras.KerasTensor(
+            targets.shape, dtype=token_chunks.wide(self.compute_dtype)
+        )
 
     def get_config(self):
         own = ("vocabulary_size", "num_sampled", "seed")
@@ -293,7 +179,7 @@ class SampledSoftmax(keras.layers.Layer):
         rows = ops.cast(ops.take(self.kernel_VD, ids, axis=0), x_TD.dtype)
         rows_JD, rows_TD = rows[: self.num_sampled], rows[self.num_sampled :]
         rows_TD = mesh_rows.share(rows_TD)
-        wide = _wide(self.compute_dtype)
+        wide = token_chunks.wide(self.compute_dtype)
         sampled_TJ = ops.cast(ops.einsum("TD,JD->TJ", x_TD, rows_JD), wide)
         target_T = ops.sum(ops.cast(x_TD, wide) * ops.cast(rows_TD, wide), -1)
         log_q = ops.cast(

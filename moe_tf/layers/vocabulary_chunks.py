@@ -12,7 +12,17 @@ _MOST_CHUNKS = 32
 
 
 def full_nll(features_TD, kernel_VD, targets_T, chunk_bytes=_CHUNK_BYTES):
-    """`sampled_softmax.full_nll`, chunk by chunk of words instead of tokens.
+    """Negative log-likelihood of the targets: see `log_sum_and_target`."""
+    log_sum_T, target_T = log_sum_and_target(
+        features_TD, kernel_VD, targets_T, chunk_bytes
+    )
+    return log_sum_T - target_T
+
+
+def log_sum_and_target(
+    features_TD, kernel_VD, targets_T, chunk_bytes=_CHUNK_BYTES
+):
+    """That of `token_chunks`, chunk by chunk of words instead of tokens.
 
     Its loop writes TensorLists, which have no layout on a mesh. Here chunks
     are unrolled, at most 32, so that a device holds `chunk_bytes` of logits
@@ -27,31 +37,31 @@ def full_nll(features_TD, kernel_VD, targets_T, chunk_bytes=_CHUNK_BYTES):
         chunk_bytes: int.
 
     Returns:
-        Float32 `(T,)`; float64 for float64 features.
+        Two of float32 `(T,)`; float64 for float64 features.
     """
     wide = tf.float64 if features_TD.dtype == tf.float64 else tf.float32
     chunks = _chunks(features_TD.shape[0], kernel_VD.shape[0], chunk_bytes)
 
     @tf.custom_gradient
-    def nll(features_TD, kernel_VD):
+    def run(features_TD, kernel_VD):
         weights_VD = tf.cast(kernel_VD, features_TD.dtype)
         if len(chunks) > 1:  # a sharded axis cannot be split
             weights_VD = sharding.constrain(weights_VD, None, None)
         rows = tf.split(weights_VD, chunks) if len(chunks) > 1 else [weights_VD]
         log_sum_T, target_T = _forward(features_TD, rows, targets_T, wide)
 
-        def gradient(upstream_T):
+        def gradient(*upstreams_T):
             features_grad_TD, kernel_grad_VD = _backward(
-                features_TD, rows, targets_T, log_sum_T, upstream_T
+                features_TD, rows, targets_T, log_sum_T, upstreams_T
             )
             return (
                 tf.cast(features_grad_TD, features_TD.dtype),
                 tf.cast(kernel_grad_VD, kernel_VD.dtype),
             )
 
-        return log_sum_T - target_T, gradient
+        return (log_sum_T, target_T), gradient
 
-    return nll(features_TD, tf.convert_to_tensor(kernel_VD))
+    return run(features_TD, tf.convert_to_tensor(kernel_VD))
 
 
 def _chunks(num_tokens, vocabulary_size, chunk_bytes):
@@ -96,9 +106,10 @@ def _forward(features_TD, rows, targets_T, wide):
     return log_sum_T, target_T
 
 
-def _backward(features_TD, rows, targets_T, log_sum_T, upstream_T):
+def _backward(features_TD, rows, targets_T, log_sum_T, upstreams_T):
     """Gradients of the features and, summed over tokens, of the kernel."""
     wide = log_sum_T.dtype
+    upstream_T, target_upstream_T = upstreams_T
     start, features_grad_TD, kernel_grads = 0, None, []
     for rows_WD in rows:
         size = rows_WD.shape[0]
@@ -107,8 +118,9 @@ def _backward(features_TD, rows, targets_T, log_sum_T, upstream_T):
         error_TW = tf.exp(
             _logits(features_TD, rows_WD, wide) - tf.expand_dims(log_sum_T, 1)
         )
-        error_TW -= _is_target(targets_T, start, size, wide)
         error_TW *= tf.expand_dims(upstream_T, 1)
+        own_TW = _is_target(targets_T, start, size, wide)
+        error_TW += tf.expand_dims(target_upstream_T, 1) * own_TW
         error_TW = tf.cast(error_TW, features_TD.dtype)
         part_TD = tf.cast(tf.matmul(error_TW, rows_WD), wide)
         features_grad_TD = part_TD + (features_grad_TD if start else 0.0)

@@ -3,18 +3,18 @@
 import functools
 
 import keras
-import numpy as np
 from keras import ops
 
 from moe_tf import sharding
 from moe_tf.decoding import PADDING_ID
-from moe_tf.layers import lstm_loop
 from moe_tf.layers import mesh_rows
+from moe_tf.layers import recurrence
 from moe_tf.layers.feed_forward import FeedForward
 from moe_tf.layers.moe import SparseMoE
 from moe_tf.layers.projected_lstm import ProjectedLSTMCell
 from moe_tf.layers.sampled_softmax import SampledSoftmax
 from moe_tf.models import language_model_variants as variants
+from moe_tf.models import seeds
 
 
 @keras.saving.register_keras_serializable(package="moe_tf")
@@ -104,7 +104,7 @@ class LanguageModel(keras.Model):
             "seed": seed,
         }
         # One seed each: equal ones would tie dropout to the gate's noise.
-        dropout_seed, moe_seed, softmax_seed = _split(seed, 3)
+        dropout_seed, moe_seed, softmax_seed = seeds.split(seed, 3)
         dtype = self.dtype_policy
         self.embedding = keras.layers.Embedding(
             vocabulary_size, self.variant.width, dtype=dtype, name="embedding"
@@ -149,7 +149,7 @@ class LanguageModel(keras.Model):
         x_BLD = self.dropout(self._embed(tokens), training=training)
         for block in self.blocks:
             if isinstance(block, keras.layers.RNN):
-                y_BLD = _recur(block, x_BLD, training)
+                y_BLD = recurrence.run(block, x_BLD, training)
             else:
                 y_BLD = _feed_forward(block, x_BLD, mask_BL, training)
             x_BLD += self.dropout(y_BLD, training=training)
@@ -209,16 +209,6 @@ class LanguageModel(keras.Model):
         ]
 
 
-def _recur(block, x_BLD, training):
-    if sharding.axes() is None:
-        return block(x_BLD, training=training)
-    kernels = (
-        ops.cast(kernel, x_BLD.dtype)
-        for kernel in block.cell.trainable_variables
-    )
-    return lstm_loop.lstm(x_BLD, *kernels)
-
-
 def _feed_forward(block, x, mask, training):
     if isinstance(block, SparseMoE):
         return ops.sigmoid(block(x, mask=mask, training=training))
@@ -267,13 +257,3 @@ def _make_lstm(layer, width, index, dtype):
         dtype=dtype,
         name=name,
     )
-
-
-def _split(seed, num):
-    """`num` seeds from one; all `None` from `None`."""
-    if seed is None:
-        return [None] * num
-    return [
-        int(word) & 0x7FFFFFFF
-        for word in np.random.SeedSequence(seed).generate_state(num)
-    ]

@@ -4,6 +4,7 @@ import pytest
 import tensorflow as tf
 
 from moe_tf.layers import sampled_softmax
+from moe_tf.layers import token_chunks
 from moe_tf.layers.sampled_softmax import SampledSoftmax
 
 
@@ -206,7 +207,7 @@ def test_chunks_match_tensorflow(num_tokens, chunk_tokens):
 
     @tf.function(input_signature=spec)
     def chunked(features_TD, targets_T):
-        return sampled_softmax.full_nll(
+        return token_chunks.full_nll(
             features_TD, kernel_VD, targets_T, chunk_bytes=4 * 11 * chunk_tokens
         )
 
@@ -235,7 +236,7 @@ def test_logits_of_all_tokens_never_stand_whole():
 
     @tf.function
     def gradients(features_TD, kernel_VD):
-        nll_T = sampled_softmax.full_nll(
+        nll_T = token_chunks.full_nll(
             features_TD, kernel_VD, targets_T, chunk_bytes=4 * 100 * 16
         )
         return nll_T, tf.gradients(nll_T, [features_TD, kernel_VD])

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from moe_tf.layers import sampled_softmax
+from moe_tf.layers import token_chunks
 from moe_tf.layers import vocabulary_chunks
 
 T, V, D = 6, 11, 5
@@ -31,7 +31,7 @@ def test_equals_chunks_of_tokens(words, dtype, tolerance):
     got = outputs_and_gradients(
         vocabulary_chunks.full_nll, dtype, chunk_bytes=4 * T * words
     )
-    want = outputs_and_gradients(sampled_softmax.full_nll, dtype)
+    want = outputs_and_gradients(token_chunks.full_nll, dtype)
     for one, other in zip(got, want, strict=True):
         assert one.dtype == other.dtype
         one, other = (tf.cast(x, "float64") for x in (one, other))

@@ -1,0 +1,50 @@
+"""The whole softmax over the vocabulary, on a mesh and off it."""
+
+from keras import ops
+
+from moe_tf import sharding
+from moe_tf.layers import token_chunks
+from moe_tf.layers import vocabulary_chunks
+
+
+def logits(features, kernel_VD, dtype):
+    """Logits of every word.
+
+    Args:
+        features: float `(..., D)`, of at most six axes.
+        kernel_VD: float.
+        dtype: that of the products.
+
+    Returns:
+        Float32 `(..., V)`, or what is wider.
+    """
+    features = ops.cast(features, dtype)
+    leading = "ABLNT"[: len(features.shape) - 1]  # DTensor lacks "..."
+    result = ops.einsum(
+        f"{leading}D,VD->{leading}V", features, ops.cast(kernel_VD, dtype)
+    )
+    return ops.cast(result, token_chunks.wide(dtype))
+
+
+def log_sum_and_target(features_TD, kernel_VD, targets_T):
+    """Log-partition of every token's logits, and its target's logit.
+
+    Logits are computed 64 MiB at a time and again in the gradient.
+
+    Args:
+        features_TD: float.
+        kernel_VD: float.
+        targets_T: int.
+
+    Returns:
+        Two of float32 `(T,)`; float64 for float64 features.
+    """
+    on_mesh = sharding.axes() is not None
+    chunks = vocabulary_chunks if on_mesh else token_chunks
+    return chunks.log_sum_and_target(features_TD, kernel_VD, targets_T)
+
+
+def full_nll(features_TD, kernel_VD, targets_T):
+    """Negative log-likelihood of the targets, `(T,)`."""
+    log_sum_T, target_T = log_sum_and_target(features_TD, kernel_VD, targets_T)
+    return log_sum_T - target_T
