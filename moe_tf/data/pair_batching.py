@@ -1,38 +1,17 @@
 """Batches of sentence pairs of similar length, in an order fixed by a seed."""
 
-import dataclasses
 import functools
-import itertools
-from collections.abc import Iterator
 from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
 
 from moe_tf import checks
-from moe_tf.data import corpora
+from moe_tf.data import pair_plan
 from moe_tf.data import pairs
 from moe_tf.data.wordpieces import END
 from moe_tf.data.wordpieces import PAD
 from moe_tf.data.wordpieces import START
-
-
-def padded_length(length: int) -> int:
-    """The length to which a sequence is padded, from 8, 12, 16, 24, 32, ...
-
-    The ladder has the powers of two and what lies between them; all of it
-    to 128 divides 384.
-    """
-    rung = 8
-    while rung < length:
-        rung = rung * 3 // 2 if rung & (rung - 1) == 0 else rung * 4 // 3
-    return rung
-
-
-def num_rows(length: int, batch_tokens: int, rows_multiple=None) -> int:
-    """The number of rows of all batches of a padded length."""
-    step = rows_multiple or 1
-    return max(step, batch_tokens // length // step * step)
 
 
 def num_batches(
@@ -44,8 +23,8 @@ def num_batches(
     rows_multiple: int | None = None,
 ) -> int:
     """Number of batches of one pass for evaluation; see `batches`."""
-    plan = _Plan(prepared, split, batch_tokens, pair, rows_multiple)
-    return plan.num_batches(np.arange(len(plan.buckets)))
+    plan = pair_plan.Plan(prepared, split, batch_tokens, pair, rows_multiple)
+    return plan.num_batches(plan.all)
 
 
 def batches_in_first_pass(
@@ -59,7 +38,7 @@ def batches_in_first_pass(
 
     Without weights in `data.pairs`, all passes have as many.
     """
-    plan = _Plan(prepared, "train", batch_tokens, None, rows_multiple)
+    plan = pair_plan.Plan(prepared, "train", batch_tokens, None, rows_multiple)
     return plan.num_batches(plan.drawn(seed, 0))
 
 
@@ -76,11 +55,11 @@ def batches(
 ) -> tf.data.Dataset:
     """Batches for a translation model.
 
-    Pairs of similar length make a batch: it is padded to the
-    `padded_length` of the longer side, and has `batch_tokens // length`
-    rows. All batches of one length have equally many rows, so there are as
-    many shapes as lengths; where pairs run out, the last rows are all
-    padding, with weights of 0.
+    Pairs of similar length make a batch: it is padded to the length
+    (`pair_plan.padded_length`) of the longer side, and has `batch_tokens //
+    length` rows. All batches of one length have equally many rows, so there
+    are as many shapes as lengths; where pairs run out, the last rows are
+    all padding, with weights of 0.
 
     Training is an endless stream of passes, each of as many pairs as the
     split has. Where `data.pairs` has weights, a language pair has its share
@@ -121,15 +100,15 @@ def batches(
         raise ValueError(
             f"`start_step` must be 0 without `training`. Received: {start_step}"
         )
-    plan = _Plan(prepared, split, batch_tokens, pair, rows_multiple)
+    plan = pair_plan.Plan(prepared, split, batch_tokens, pair, rows_multiple)
     if training:
-        rows = functools.partial(plan.training, seed, start_step)
+        planned = functools.partial(plan.training, seed, start_step)
     else:
-        rows = plan.evaluation
+        planned = plan.evaluation
     ids = tf.TensorSpec((None, None), tf.int32)
     names = ("source", "tokens", "targets")
     dataset = tf.data.Dataset.from_generator(
-        lambda: map(plan.batch, rows()),
+        lambda: (_read(plan, batch) for batch in planned()),
         output_signature=(
             dict.fromkeys(names, ids),
             ids,
@@ -161,7 +140,7 @@ def encode_sources(
         ValueError: the language is not one of `data.pairs`.
     """
     rows = _sources(prepared, texts, language)
-    length = padded_length(max(map(len, rows)))
+    length = pair_plan.padded_length(max(map(len, rows)))
     return _padded(rows, (num_rows or len(rows), length))
 
 
@@ -194,7 +173,7 @@ def encode_pairs(
     source_rows = _sources(prepared, sources, language)
     pieces = _pieces(prepared, targets)
     longest = max(max(map(len, source_rows)), 1 + max(map(len, pieces)))
-    shape = (num_rows or len(pieces), padded_length(longest))
+    shape = (num_rows or len(pieces), pair_plan.padded_length(longest))
     return _batch(
         _padded(source_rows, shape),
         _padded([[START, *row] for row in pieces], shape),
@@ -202,169 +181,23 @@ def encode_pairs(
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """Which sentence pairs make which batch.
-
-    The sentence pairs of the language pairs are numbered through.
-    """
-
-    prepared: pairs.PreparedPairs
-    split: str
-    batch_tokens: int
-    pair: str | None
-    rows_multiple: int | None
-
-    def __post_init__(self):
-        corpora.check_split(self.split)
-        checks.at_least("batch_tokens", self.batch_tokens, 1)
-        checks.at_least(
-            "rows_multiple", self.rows_multiple, 1, none_is_fine=True
-        )
-
-    @functools.cached_property
-    def pairs(self):
-        corpus = self.prepared.corpus
-        return corpus.pairs if self.pair is None else [corpus.pair(self.pair)]
-
-    @functools.cached_property
-    def stores(self):
-        by_name = self.prepared.stores[self.split]
-        return [by_name[pair.name] for pair in self.pairs]
-
-    @functools.cached_property
-    def prefixes(self):
-        """The ids before the sources of each language pair."""
-        return [self.prepared.source_prefix(pair.target) for pair in self.pairs]
-
-    @functools.cached_property
-    def starts(self):
-        """The number of each language pair's first, and of all pairs."""
-        return np.cumsum([0, *map(len, self.stores)])
-
-    @functools.cached_property
-    def ladder(self):
-        """The padded lengths, short to long."""
-        return np.unique(self._padded_lengths)
-
-    @functools.cached_property
-    def buckets(self):
-        """For each sentence pair, the place of its length in `ladder`."""
-        return np.searchsorted(self.ladder, self._padded_lengths).astype("u1")
-
-    @functools.cached_property
-    def _padded_lengths(self):
-        longest = [
-            np.maximum(store.lengths[:, 0] + len(prefix), store.lengths[:, 1])
-            for store, prefix in zip(self.stores, self.prefixes, strict=True)
-        ]
-        lengths = np.concatenate(longest) + 1
-        rungs = [padded_length(1)]
-        while rungs[-1] < lengths.max(initial=0):
-            rungs.append(padded_length(rungs[-1] + 1))
-        return np.array(rungs)[np.searchsorted(rungs, lengths)]
-
-    @functools.cached_property
-    def rows(self):
-        """The number of rows of the batches of each length of `ladder`."""
-        return np.array(
-            [
-                num_rows(length, self.batch_tokens, self.rows_multiple)
-                for length in self.ladder.tolist()
-            ]
-        )
-
-    def num_batches(self, numbers) -> int:
-        """How many batches these sentence pairs make."""
-        counts = np.bincount(self.buckets[numbers], minlength=len(self.ladder))
-        return int((-(-counts // self.rows)).sum())
-
-    def cut(self, numbers):
-        """Batches of these sentence pairs, from short to long.
-
-        Returns:
-            A list of `(bucket, numbers)`; order is kept inside a bucket.
-        """
-        buckets = self.buckets[numbers]
-        ordered = numbers[np.argsort(buckets, kind="stable")]
-        ends = np.cumsum(np.bincount(buckets, minlength=len(self.ladder)))
-        found = []
-        for bucket, (end, rows) in enumerate(zip(ends, self.rows, strict=True)):
-            start = ends[bucket - 1] if bucket else 0
-            found += [
-                (bucket, ordered[at : min(at + rows, end)])
-                for at in range(start, end, rows)
-            ]
-        return found
-
-    def evaluation(self) -> Iterator:
-        yield from self.cut(np.arange(len(self.buckets)))
-
-    def training(self, seed: int, start_step: int) -> Iterator:
-        left_out = start_step
-        for index in itertools.count():
-            numbers = self.drawn(seed, index)
-            count = self.num_batches(numbers)
-            if left_out >= count:
-                left_out -= count
-                continue
-            random = np.random.default_rng([seed, index])
-            found = self.cut(random.permutation(numbers))
-            order = random.permutation(len(found))
-            yield from (found[place] for place in order[left_out:])
-            left_out = 0
-
-    def drawn(self, seed: int, index: int):
-        """The sentence pairs of pass `index`, language pair by pair."""
-        counts = np.diff(self.starts)
-        weights = [
-            count if pair.weight is None else pair.weight
-            for pair, count in zip(self.pairs, counts, strict=True)
-        ]
-        shares = np.cumsum(weights) / np.sum(weights)
-        ends = np.round(shares * counts.sum()).astype(int)
-        drawn = np.diff(ends, prepend=0)
-        return np.concatenate(
-            [
-                self._drawn_of(place, seed, index * drawn[place], drawn[place])
-                for place in range(len(counts))
-            ]
-        )
-
-    def _drawn_of(self, place, seed, position, count):
-        """`count` of the endless stream of a language pair's permutations."""
-        start, end = self.starts[place : place + 2]
-        found = []
-        while count:
-            cycle, at = divmod(position, end - start)
-            random = np.random.default_rng([seed, place, cycle])
-            order = start + random.permutation(end - start)
-            found.append(order[at : at + count])
-            count -= len(found[-1])
-            position += len(found[-1])
-        return np.concatenate(found) if found else np.zeros(0, int)
-
-    def batch(self, bucket_and_numbers):
-        """The arrays of a batch."""
-        bucket, numbers = bucket_and_numbers
-        shape = (self.rows[bucket], self.ladder[bucket])
-        source, tokens, targets = (np.full(shape, PAD, np.int32) for _ in "sto")
-        places = np.searchsorted(self.starts, numbers, side="right") - 1
-        for place in np.unique(places):
-            store, prefix = self.stores[place], self.prefixes[place]
-            rows = np.flatnonzero(places == place)
-            within = numbers[rows] - self.starts[place]
-            offsets = store.offsets[within]
-            source_lengths, target_lengths = store.lengths[within].T
-            source[rows, : len(prefix)] = prefix
-            _copy(store.ids, offsets, source_lengths, source, rows, len(prefix))
-            source[rows, source_lengths + len(prefix)] = END
-            offsets = offsets + source_lengths
-            tokens[rows, 0] = START
-            _copy(store.ids, offsets, target_lengths, tokens, rows, 1)
-            _copy(store.ids, offsets, target_lengths, targets, rows, 0)
-            targets[rows, target_lengths] = END
-        return _batch(source, tokens, targets)
+def _read(plan, batch: pair_plan.PlannedBatch):
+    """The arrays of a batch."""
+    shape = (batch.num_rows, batch.length)
+    source, tokens, targets = (np.full(shape, PAD, np.int32) for _ in range(3))
+    for place, rows, within in plan.located(batch.numbers):
+        store, prefix = plan.stores[place], plan.prefixes[place]
+        offsets = store.offsets[within]
+        source_lengths, target_lengths = store.lengths[within].T
+        source[rows, : len(prefix)] = prefix
+        _copy(store.ids, offsets, source_lengths, source, rows, len(prefix))
+        source[rows, source_lengths + len(prefix)] = END
+        offsets = offsets + source_lengths
+        tokens[rows, 0] = START
+        _copy(store.ids, offsets, target_lengths, tokens, rows, 1)
+        _copy(store.ids, offsets, target_lengths, targets, rows, 0)
+        targets[rows, target_lengths] = END
+    return _batch(source, tokens, targets)
 
 
 def _copy(ids, offsets, lengths, to, rows, column):

@@ -33,6 +33,7 @@ class PairStatistics:
         source_pieces: their source pieces, each sentence's end counted.
         target_pieces: their target pieces, each sentence's end counted.
         unknown_pieces: pieces of both sides that are `<UNK>`.
+        longest: most pieces of a side, its end counted.
         skipped: for each reason, the number of pairs left out.
     """
 
@@ -41,6 +42,7 @@ class PairStatistics:
     source_pieces: int
     target_pieces: int
     unknown_pieces: int
+    longest: int
     skipped: dict[str, int]
 
     def to_json(self) -> dict:
@@ -138,70 +140,101 @@ def prepare(data_config, workdir: str) -> PreparedPairs:
     statistics = {split: {} for split in parallel.SPLITS}
     stores = {split: {} for split in parallel.SPLITS}
     for split, pair in itertools.product(parallel.SPLITS, corpus.pairs):
-        stores[split][pair.name], statistics[split][pair.name] = _encode(
-            corpus, pair, split, wordpieces, data_config.max_pieces, workdir
+        encoder = _Encoder(
+            corpus, pair, split, wordpieces, data_config.max_pieces
         )
+        stores[split][pair.name] = pair_store.PairStore.write(
+            _store_path(workdir, pair, split), wordpieces.size, encoder.chunks()
+        )
+        statistics[split][pair.name] = encoder.statistics()
     _write_record(data_config, workdir, wordpieces, statistics, stores)
     return PreparedPairs(corpus, wordpieces, statistics, stores)
 
 
-def _encode(corpus, pair, split, wordpieces, max_pieces, workdir):
-    """Writes a `PairStore`; returns it and its `PairStatistics`."""
-    report = lines.LineReport()
-    report.skipped[TOO_MANY_PIECES] = 0
-    totals = np.zeros(2, np.int64)
-    unknown = 0
+class _Encoder:
+    """Encodes one split of a language pair, and counts as it goes."""
 
-    def chunks():
-        nonlocal totals, unknown
-        rows = corpus.lines(pair, split, report)
-        done = 0
+    def __init__(self, corpus, pair, split, wordpieces, max_pieces):
+        self.corpus = corpus
+        self.pair = pair
+        self.split = split
+        self.wordpieces = wordpieces
+        self.max_pieces = max_pieces
+        self.report = lines.LineReport()
+        self.report.skipped[TOO_MANY_PIECES] = 0
+        self.lengths = np.zeros(2, np.int64)
+        self.longest = self.unknown = 0
+
+    @property
+    def num_pairs(self):
+        return self.report.lines - self.report.skipped[TOO_MANY_PIECES]
+
+    def chunks(self):
+        """Yields ids and lengths for `PairStore.write`."""
+        rows = self.corpus.lines(self.pair, self.split, self.report)
         while chunk := list(itertools.islice(rows, _CHUNK)):
             # Source after target after source, as the file has them.
-            ids, lengths = wordpieces.encode_lines(
+            ids, lengths = self.wordpieces.encode_lines(
                 list(itertools.chain.from_iterable(chunk))
             )
             lengths = lengths.reshape(-1, 2)
-            if split == "train":
-                kept = (lengths <= most).all(axis=1)
-                for at in np.flatnonzero(~kept):
-                    report.lines -= 1
-                    report.skip(TOO_MANY_PIECES, f"usable pair {done + at + 1}")
-                ids = ids[np.repeat(kept, lengths.sum(axis=1))]
-                lengths = lengths[kept]
-            done += len(chunk)
-            totals += lengths.sum(axis=0)
-            unknown += int((ids == wordpieces_lib.UNK).sum())
+            if self.split == "train":
+                ids, lengths = self._without_long(ids, lengths)
+            self.lengths += lengths.sum(axis=0)
+            self.longest = max(self.longest, int(lengths.max(initial=0)))
+            self.unknown += int((ids == wordpieces_lib.UNK).sum())
             logging.log_every_n_seconds(
                 logging.INFO,
-                "%s %s: %d pairs encoded",
+                "%s %s: %d sentence pairs so far",
                 30,
-                pair.name,
-                split,
-                done,
+                self.pair.name,
+                self.split,
+                self.report.lines,
             )
             yield ids, lengths
 
-    # The end of both sides, and the symbol before the source.
-    most = max_pieces - 1 - np.array([bool(wordpieces.languages), False])
-    path = _store_path(workdir, pair, split)
-    store = pair_store.PairStore.write(path, wordpieces.size, chunks())
-    report.log(f"{pair.name} {split}")
-    found = PairStatistics(
-        sources=corpus.sizes(pair, split),
-        pairs=report.lines,
-        source_pieces=int(totals[0]) + report.lines,
-        target_pieces=int(totals[1]) + report.lines,
-        unknown_pieces=unknown,
-        skipped=report.skipped,
-    )
-    if not found.pairs:
-        raise ValueError(
-            f"`data.max_pieces`={max_pieces} leaves no {pair.name} pair to "
-            f"train on. Raise it. Skipped: {found.skipped}"
+    def _without_long(self, ids, lengths):
+        # The ends of both sides, and the symbol before the source.
+        has_symbol = bool(self.wordpieces.languages)
+        most = self.max_pieces - 1 - np.array([has_symbol, False])
+        kept = (lengths <= most).all(axis=1)
+        first = self.report.lines - len(kept) + 1
+        for number in first + np.flatnonzero(~kept):
+            self.report.skip(TOO_MANY_PIECES, f"usable pair {number}")
+        return ids[np.repeat(kept, lengths.sum(axis=1))], lengths[kept]
+
+    def statistics(self) -> PairStatistics:
+        """What was found, once `chunks` has ended."""
+        self.report.log(f"{self.pair.name} {self.split}")
+        skipped = self.report.skipped
+        if not self.num_pairs:
+            raise ValueError(
+                f"`data.max_pieces`={self.max_pieces} leaves no pair of "
+                f"{self.pair.name} to train on. Raise it. Skipped: {skipped}"
+            )
+        source_pieces, target_pieces = map(int, self.lengths + self.num_pairs)
+        found = PairStatistics(
+            sources=self.corpus.sizes(self.pair, self.split),
+            pairs=self.num_pairs,
+            source_pieces=source_pieces,
+            target_pieces=target_pieces,
+            unknown_pieces=self.unknown,
+            longest=self.longest + 1,
+            skipped=skipped,
         )
-    _log(split, pair, found)
-    return store, found
+        logging.info(
+            "%s %s: %d sentence pairs, %d source and %d target pieces with "
+            "ends, at most %d a side, %.2f%% unknown, skipped %s",
+            self.pair.name,
+            self.split,
+            found.pairs,
+            found.source_pieces,
+            found.target_pieces,
+            found.longest,
+            100 * found.unknown_pieces / max(int(self.lengths.sum()), 1),
+            found.skipped,
+        )
+        return found
 
 
 def _write_record(data_config, workdir, wordpieces, statistics, stores):
@@ -293,18 +326,3 @@ def _wordpieces_path(workdir):
 
 def _store_path(workdir, pair, split):
     return os.path.join(workdir, "pairs", f"{pair.name}.{split}")
-
-
-def _log(split, pair, found):
-    pieces = found.source_pieces + found.target_pieces - 2 * found.pairs
-    logging.info(
-        "%s %s: %d sentence pairs, %d source and %d target pieces with ends, "
-        "%.2f%% unknown, skipped %s",
-        pair.name,
-        split,
-        found.pairs,
-        found.source_pieces,
-        found.target_pieces,
-        100 * found.unknown_pieces / max(pieces, 1),
-        found.skipped,
-    )

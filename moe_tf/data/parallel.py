@@ -1,6 +1,7 @@
 """Opens the parallel text that `config.data` names, pair by pair."""
 
 import codecs
+import collections
 import dataclasses
 import glob
 import itertools
@@ -97,7 +98,8 @@ class ParallelCorpus:
         corpora.check_split(split)
         report = lines.LineReport() if report is None else report
         for bitext in self.bitexts[pair.name, split]:
-            yield from _usable(bitext, report)
+            for _, both in _usable(bitext, report):
+                yield both
 
     def texts(self, split: str) -> Iterator[bytes]:
         """Yields the lines of both sides of all pairs, as `lines` does.
@@ -105,14 +107,18 @@ class ParallelCorpus:
         A text that pairs share, such as the English of en-de and en-fr,
         comes once.
         """
-        read = set()
-        for pair in self.pairs:
-            for bitext in self.bitexts[pair.name, split]:
-                fresh = [place not in read for place in bitext.places]
-                if any(fresh):
-                    for both in _usable(bitext, lines.LineReport()):
-                        yield from itertools.compress(both, fresh)
-                read.update(bitext.places)
+        # For each text, a byte for each line: whether it was there.
+        read = collections.defaultdict(bytearray)
+        for bitext in itertools.chain.from_iterable(
+            self.bitexts[pair.name, split] for pair in self.pairs
+        ):
+            marks = [read[place] for place in bitext.places]
+            for number, both in _usable(bitext, lines.LineReport()):
+                for line, seen in zip(both, marks, strict=True):
+                    seen.extend(bytes(max(0, number + 1 - len(seen))))
+                    if not seen[number]:
+                        seen[number] = True
+                        yield line
 
     def sizes(self, pair: Pair, split: str) -> list[tuple[str, int]]:
         """Name and size of every source of a split, in order."""
@@ -219,6 +225,7 @@ def _parse_pair(text):
 
 
 def _usable(bitext, report):
+    """Yields the numbers and sides of pairs that can be used."""
     before = report.lines
     for number, pair in enumerate(bitext.raw_pairs(), start=1):
         if number == 1:
@@ -231,7 +238,7 @@ def _usable(bitext, report):
                 break
         else:
             report.lines += 1
-            yield pair[0].strip(), pair[1].strip()
+            yield number, (pair[0].strip(), pair[1].strip())
     if report.lines == before:
         raise ValueError(
             f"`{bitext.field}` names {' and '.join(bitext.places)}, which "
