@@ -1,4 +1,4 @@
-"""How many expert parameters train in how much memory, on a CPU (Linux).
+"""How many expert parameters train in how much memory (Linux).
 
     python -m moe_tf.benchmarks.largest --num_experts=1536
 
@@ -6,13 +6,15 @@ One `SparseMoE` with recomputation and a capacity factor trains a few steps
 with `FactoredAdam` through `fit`. Gradients of all experts stand in memory
 beside the weights; with a capacity factor they are written by one product,
 where dropless training collects them expert by expert and holds them twice
-for a moment. The paper: up to 1 billion parameters on a GPU of 12 GB.
+for a moment. The command is for a CPU; `on_gpu` is for
+`many_devices`. The paper: up to 1 billion parameters on a GPU of 12 GB.
 """
 
 import keras
 import tensorflow as tf
 from absl import app
 from absl import flags
+from tensorflow.python.client import device_lib
 
 from moe_tf import layers
 from moe_tf import optimizers
@@ -29,32 +31,94 @@ _CAPACITY_FACTOR = flags.DEFINE_float(
 )
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
+def train(
+    num_experts,
+    *,
+    width=512,
+    hidden=1024,
+    k=4,
+    tokens=4096,
+    steps=3,
+    capacity_factor=1.25,
+    num_layers=1,
+):
+    """Trains layers of experts; gives their parameters and the losses."""
     keras.utils.set_random_seed(0)
-    layer = layers.SparseMoE(
-        _NUM_EXPERTS.value,
-        _HIDDEN.value,
-        _K.value,
-        capacity_factor=_CAPACITY_FACTOR.value,
-        recompute=True,
-        name="moe",
-    )
-    model = keras.Sequential([keras.Input((_WIDTH.value,)), layer])
+    moes = [
+        layers.SparseMoE(
+            num_experts,
+            hidden,
+            k,
+            capacity_factor=capacity_factor,
+            recompute=True,
+            jit_compile=False,
+            name=f"moe_{index}",
+        )
+        for index in range(num_layers)
+    ]
+    model = keras.Sequential([keras.Input((width,)), *moes])
     model.compile(optimizers.FactoredAdam(), "mse", jit_compile=False)
-    x_TD = tf.random.stateless_normal(
-        (_TOKENS.value, _WIDTH.value), seed=(1, 2)
-    )
+    x_TD = tf.random.stateless_normal((tokens, width), seed=(1, 2))
     losses = model.fit(
         x_TD,
         x_TD,
-        batch_size=_TOKENS.value,
-        epochs=_STEPS.value,
+        batch_size=tokens,
+        epochs=steps,
         verbose=0,
         shuffle=False,
     ).history["loss"]
-    parameters = layer.experts.count_params()
+    return sum(layer.experts.count_params() for layer in moes), losses
+
+
+def on_gpu(share, num_layers=4, width=1024, hidden=4096):
+    """As many experts as fit a share of what TensorFlow may use of a GPU.
+
+    Weights and gradients are counted, 8 bytes a parameter. Several layers,
+    since ops of arrays of 2^31 entries are not all of them right.
+
+    Yields:
+        dict
+    """
+    limits = [
+        device.memory_limit
+        for device in device_lib.list_local_devices()
+        if device.device_type == "GPU"
+    ]
+    size = 2 * width * hidden * num_layers * 8  # of an expert in each layer
+    num_experts = int(share * limits[0] / size)
+    parameters, losses = train(
+        num_experts,
+        width=width,
+        hidden=hidden,
+        k=2,
+        num_layers=num_layers,
+    )
+    peak = tf.config.experimental.get_memory_info("GPU:0")["peak"]
+    yield {
+        "parameters": parameters,
+        "layers": num_layers,
+        "experts a layer": num_experts,
+        "steps": len(losses),
+        "first loss": losses[0],
+        "last loss": losses[-1],
+        "peak GiB": peak / 2**30,
+        "GiB there": limits[0] / 2**30,
+        "million parameters a GiB": parameters / peak * 2**30 / 1e6,
+    }
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
+    parameters, losses = train(
+        _NUM_EXPERTS.value,
+        width=_WIDTH.value,
+        hidden=_HIDDEN.value,
+        k=_K.value,
+        tokens=_TOKENS.value,
+        steps=_STEPS.value,
+        capacity_factor=_CAPACITY_FACTOR.value,
+    )
     gib = memory.high_water() / 2**30
     print(
         f"{parameters:,} expert parameters, {_STEPS.value} steps of "

@@ -6,7 +6,7 @@ import time
 import tensorflow as tf
 
 
-def medians(functions, repeats, calls=1):
+def medians(functions, repeats, calls=1, wait=None):
     """Median seconds of a call of each function.
 
     They take turns, so that a slow moment of the machine falls on all of
@@ -18,10 +18,13 @@ def medians(functions, repeats, calls=1):
         functions: dictionary of functions that return a list of tensors.
         repeats: int, samples of each.
         calls: int, calls of each sample.
+        wait: function that waits for such a list. Defaults to `wait`, which
+            is for tensors of one device.
 
     Returns:
         Dictionary of floats.
     """
+    wait = wait or _wait
     for function in functions.values():  # trace, compile, warm up
         wait(function())
         wait(function())
@@ -42,3 +45,6 @@ def wait(tensors):
     A device works in the order of the calls.
     """
     tf.reshape(tensors[-1], (-1,))[:1].numpy()
+
+
+_wait = wait

@@ -1,0 +1,231 @@
+"""What a mesh gives and costs, on all the GPUs of a machine.
+
+    python -m moe_tf.benchmarks.many_devices --out=runs/many_devices
+
+On 1, 2, 4, ... of the GPUs there are, or of virtual CPU devices where there
+are none (then all is small, and times say little). The parts:
+
+- `equality`: the language model on real text on a mesh against one device;
+- `layer`: weak scaling of one `SparseMoE`, and its all-to-alls alone;
+- `weak`, `strong`: the language model, with words and experts of a device
+  fixed, and MoE-256 shared by more devices;
+- `own_cost`: layer and model on a mesh of one device and without a mesh;
+- `largest`: the most parameters that one GPU trains.
+
+Each measurement is a process of its own with a time limit, so that one that
+fails or hangs costs the others nothing. Results are printed as they come, and
+lie in `--out` as `results.json` and `results.md`, beside a log of each.
+
+GPUs talk through NCCL; `DTENSOR_GPU_USE_NCCL_COMMUNICATION=0` in the
+environment sends all through the host instead.
+"""
+
+import itertools
+import json
+import os
+import pathlib
+import time
+
+import tensorflow as tf
+from absl import app
+from absl import flags
+
+from moe_tf.benchmarks import jobs
+
+PARTS = ("equality", "layer", "own_cost", "weak", "strong", "largest")
+
+_OUT = flags.DEFINE_string("out", "runs/many_devices", "Folder of results.")
+_PARTS = flags.DEFINE_list("parts", list(PARTS), f"Of {', '.join(PARTS)}.")
+_DEVICES = flags.DEFINE_list("devices", None, "Mesh sizes. Defaults to all.")
+_DEVICE_TYPE = flags.DEFINE_enum(
+    "device_type", None, ["CPU", "GPU"], "Defaults to GPUs if there are any."
+)
+_SECONDS = flags.DEFINE_float("seconds", 150, "Limit of a measurement.", 1)
+_TOTAL = flags.DEFINE_float("total", 480, "Limit of all, in seconds.", 1)
+
+_LAYER = {
+    "GPU": {"tokens": 16_384, "experts": 8, "width": 1024, "hidden": 4096},
+    "CPU": {
+        **{"tokens": 64, "experts": 4, "width": 16, "hidden": 32},
+        **{"repeats": 3, "calls": 1, "link_mib": 1},
+    },
+}
+_MODEL = {
+    "GPU": {},
+    "CPU": {
+        **{"length": 6, "width": 16, "vocabulary": 500, "sampled": 32},
+        "steps": 3,
+    },
+}
+# Words and experts: of a device, and of all.
+_WEAK = {"GPU": (8192, 128), "CPU": (96, 4)}
+_STRONG = {"GPU": (32_768, 256), "CPU": (384, 8)}
+_GROUPS = 8  # Of the shared model, on any mesh.
+# Of the memory that TensorFlow may use; the first that trains is the largest.
+_SHARES = (0.96, 0.92, 0.88, 0.8)
+
+
+class Benchmark:
+    """The parts, as lists of jobs for meshes of some sizes."""
+
+    def __init__(self, sizes, device_type, folder):
+        self._sizes = sizes
+        self._type = device_type
+        self._folder = folder
+
+    def equality(self):
+        steps = 20 if self._type == "GPU" else 3
+        for axes in [None, *self._square_meshes()]:
+            yield self._job(
+                "mesh_text:compare",
+                axes,
+                folder=str(pathlib.Path(self._folder).absolute()),
+                kinds=[("float32", "adam"), ("mixed_bfloat16", "sgd")],
+                steps=steps,
+            )
+
+    def _square_meshes(self):
+        for size in self._sizes:
+            yield {"batch": size}
+            if size > 1:
+                yield {"batch": size // 2, "expert": 2}
+
+    def layer(self):
+        for size in self._sizes:
+            yield self._layer({"batch": size})
+
+    def own_cost(self):
+        for jit_compile in (False, "auto"):
+            yield self._layer(None, jit_compile=jit_compile)
+            yield self._weak(None, jit_compile=jit_compile)
+
+    def weak(self):
+        for size in self._sizes:
+            yield self._weak({"batch": size})
+
+    def strong(self):
+        words, experts = _STRONG[self._type]
+        for size in self._sizes:
+            sizes = {"words": words, "experts": experts, "groups": _GROUPS}
+            yield self._model("strong", {"batch": size}, **sizes)
+
+    def largest(self):
+        if self._type != "GPU":
+            return
+        for share in _SHARES:
+            yield self._job("largest:on_gpu", None, share=share)
+
+    def _layer(self, axes, **settings):
+        settings = {**_LAYER[self._type], **settings}
+        return self._job("mesh_layer:measure", axes, **settings)
+
+    def _weak(self, axes, **settings):
+        words, experts = _WEAK[self._type]
+        size = axes["batch"] if axes else 1
+        sizes = {"words": size * words, "experts": size * experts}
+        return self._model("weak", axes, groups=size, **sizes, **settings)
+
+    def _model(self, scaling, axes, **settings):
+        settings = {**_MODEL[self._type], **settings, "scaling": scaling}
+        return self._job("mesh_model:measure", axes, **settings)
+
+    def _job(self, function, axes, **settings):
+        size = 1
+        for length in (axes or {}).values():
+            size *= length
+        arguments = dict(settings)
+        if function != "largest:on_gpu":
+            arguments |= {"axes": axes, "device_type": self._type}
+        words = [function.replace(":", "_"), *map(str, _flat(axes, settings))]
+        return jobs.Job(
+            "_".join(words),
+            f"moe_tf.benchmarks.{function}",
+            arguments,
+            _visible(size) if self._type == "GPU" else {},
+        )
+
+
+def _flat(axes, settings):
+    """What tells jobs of one function apart."""
+    yield from (f"{name}{size}" for name, size in (axes or {"none": 1}).items())
+    told = ("scaling", "jit_compile", "share")
+    yield from (settings[name] for name in told if name in settings)
+
+
+def _visible(size):
+    """The environment of a process that is to see so many GPUs."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = seen.split(",") if seen else map(str, itertools.count())
+    return {"CUDA_VISIBLE_DEVICES": ",".join(itertools.islice(names, size))}
+
+
+def run(part, made, folder, end):
+    """Runs a part; gives its records."""
+    found = []
+    for job in made:
+        left = min(_SECONDS.value, end - time.monotonic())
+        if left < 5:
+            print(f"{job.name} was left out: no time left", flush=True)
+            found.append({"failed": job.name, "why": "no time left"})
+            continue
+        start = time.monotonic()
+        records, error = jobs.run(job, folder, left, _tell)
+        took = time.monotonic() - start
+        print(f"[{part}: {job.name} took {took:.0f} s]", flush=True)
+        found += records
+        if error:
+            found.append({"failed": job.name, "why": error})
+        elif part == "largest":
+            break
+    return found
+
+
+def _tell(text):
+    print(text, flush=True)
+
+
+def markdown(results):
+    """Tables of the records of each part."""
+    lines = []
+    for part, records in results.items():
+        columns = list(dict.fromkeys(name for r in records for name in r))
+        lines += [f"## {part}", "", _row(columns), _row(["---"] * len(columns))]
+        lines += [
+            _row([jobs.show(record.get(name, "")) for name in columns])
+            for record in records
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _row(cells):
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
+    unknown = [part for part in _PARTS.value if part not in PARTS]
+    if unknown:
+        raise app.UsageError(f"`parts` are {PARTS}. Received: {unknown}")
+    end = time.monotonic() + _TOTAL.value
+    number = len(tf.config.list_physical_devices("GPU"))
+    device_type = _DEVICE_TYPE.value or ("GPU" if number else "CPU")
+    number = number if device_type == "GPU" else 2
+    sizes = [2**power for power in range(4) if 2**power <= number]
+    if _DEVICES.value is not None:
+        sizes = [int(size) for size in _DEVICES.value]
+    folder = pathlib.Path(_OUT.value)
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"{device_type}, meshes of {sizes} devices", flush=True)
+    benchmark, results = Benchmark(sizes, device_type, folder), {}
+    for part in _PARTS.value:
+        made = getattr(benchmark, part)()
+        results[part] = run(part, made, folder, end)
+        (folder / "results.json").write_text(json.dumps(results, indent=1))
+        (folder / "results.md").write_text(markdown(results))
+    print(markdown(results))
+
+
+if __name__ == "__main__":
+    app.run(main)

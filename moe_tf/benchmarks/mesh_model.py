@@ -1,0 +1,140 @@
+"""The language model that grows with its mesh, or is shared by it."""
+
+import contextlib
+import statistics
+import time
+
+import keras
+import numpy as np
+
+from moe_tf import plans
+from moe_tf.benchmarks import mesh_timing
+from moe_tf.distribute import MeshStrategy
+from moe_tf.distribute import collectives
+from moe_tf.layers import moe
+from moe_tf.models import language_model_variants as variants
+from moe_tf.models.language_model import LanguageModel
+from moe_tf.models.next_word_scorer import NextWordScorer
+
+_K = 4
+_FACTOR = 1.25
+
+
+def measure(
+    axes,
+    device_type,
+    scaling,
+    experts,
+    words,
+    groups,
+    length=32,
+    width=512,
+    vocabulary=32_000,
+    sampled=8192,
+    policy="mixed_bfloat16",
+    jit_compile="auto",
+    steps=15,
+):
+    """Times steps of `MoE-<experts>` with Adam, through `train_on_batch`.
+
+    Args:
+        axes: dict with one axis, `batch`; None for no mesh.
+        device_type: `"CPU"` or `"GPU"`
+        scaling: what the record is called.
+        experts, words, groups: ints, in all.
+        length: int, words of a sequence.
+        width, vocabulary, sampled: of the model; `sampled` classes a step.
+        policy: name of a dtype policy.
+        jit_compile: of the `SparseMoE`; on a mesh it counts for nothing.
+        steps: int, of which the median is taken.
+
+    Yields:
+        dicts.
+    """
+    strategy = MeshStrategy(axes, device_type=device_type) if axes else None
+    size = axes["batch"] if axes else 1
+    mesh_timing.start(policy)
+    with strategy.scope() if strategy else contextlib.nullcontext():
+        scorer = _build(
+            experts, groups, width, vocabulary, sampled, jit_compile
+        )
+    batch = _batch(words // length, length, vocabulary)
+    if strategy:
+        batch = strategy.put_batch(batch, whole=True)
+    else:
+        batch = keras.tree.map_structure(keras.ops.convert_to_tensor, batch)
+    start = time.perf_counter()
+    ops = collectives.of(scorer.train_on_batch, *batch)
+    first = time.perf_counter() - start
+    seconds = _median_step(scorer, batch, steps)
+    model = scorer.language_model
+    multiplied = variants.count(model.variant).ops_per_timestep
+    multiplied += width * min(sampled + 1, vocabulary)
+    rate = words / seconds
+    yield {
+        "scaling": scaling,
+        "mesh": str(axes) if axes else f"none, jit_compile={jit_compile}",
+        "variant": model.variant.name,
+        "words": words,
+        "ms": 1e3 * seconds,
+        "words/s": rate,
+        # 2 a multiply-add, 3 products: forward, and two gradients.
+        "TFLOP/s a device": 3 * 2 * multiplied * rate / size / 1e12,
+        "first step s": first,
+        **mesh_timing.sent(ops),
+        **mesh_timing.peaks(device_type, size),
+    }
+    if size == 1:
+        return
+    dtype = keras.dtype_policies.get(policy).compute_dtype
+    slots = plans.capacity(words // groups * _K, experts, _FACTOR)
+    shape = groups, experts, slots, width
+    alone, rate = mesh_timing.link_record(strategy, shape, dtype, 4, steps)
+    yield {
+        "scaling": scaling,
+        "mesh": f"{axes}, its four all-to-alls alone",
+        "ms": 1e3 * alone,
+        "share of the step": alone / seconds,
+        "GB/s a device": rate,
+    }
+
+
+def _build(experts, groups, width, vocabulary, sampled, jit_compile):
+    model = LanguageModel(
+        f"MoE-{experts}",
+        vocabulary,
+        width=width,
+        k=_K,
+        capacity_factor=_FACTOR,
+        num_groups=groups,
+        num_sampled=sampled,
+        seed=0,
+    )
+    for block in model.blocks:
+        if isinstance(block, moe.SparseMoE):
+            block.jit_compile = jit_compile
+    scorer = NextWordScorer(model)
+    scorer.build()
+    optimizer = keras.optimizers.Adam(1e-3)
+    optimizer.build(scorer.trainable_variables)
+    scorer.compile_for_words(optimizer, jit_compile=False)
+    return scorer
+
+
+def _batch(rows, length, vocabulary):
+    """Words drawn about as often as in a text: `1 / rank`."""
+    rng = np.random.default_rng(0)
+    ids = np.exp(rng.uniform(0, np.log(vocabulary), (rows, length + 1)))
+    ids = np.clip(ids.astype("int32"), 4, vocabulary - 1)
+    tokens, targets = ids[:, :-1].copy(), ids[:, 1:].copy()
+    inputs = {"tokens": tokens, "targets": targets}
+    return inputs, targets, np.ones_like(targets, "float32")
+
+
+def _median_step(scorer, batch, steps):
+    taken = []
+    for _ in range(steps + 2):
+        start = time.perf_counter()
+        scorer.train_on_batch(*batch)  # Its loss comes to the host.
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[2:])

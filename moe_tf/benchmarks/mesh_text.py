@@ -1,0 +1,238 @@
+"""The language model on real text, on a mesh and on one device."""
+
+import contextlib
+import dataclasses
+import pathlib
+import pickle
+import types
+import typing
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import moe_tf
+from moe_tf.data import batching
+from moe_tf.data import preparation
+from moe_tf.distribute import MeshStrategy
+from moe_tf.layers import moe
+from moe_tf.models.language_model import LanguageModel
+from moe_tf.models.next_word_scorer import NextWordScorer
+
+_ROWS = 8  # Divides the sentences of a batch: any mesh of up to 8 has a part.
+_MAX_WORDS = 15
+
+OPTIMIZERS = {
+    "sgd": lambda: keras.optimizers.SGD(1.0),
+    "momentum": lambda: keras.optimizers.SGD(0.3, 0.9, nesterov=True),
+    "adam": lambda: keras.optimizers.Adam(0.01),
+    "adam_clipped": lambda: keras.optimizers.Adam(0.01, global_clipnorm=0.1),
+    "sgd_clipnorm": lambda: keras.optimizers.SGD(1.0, clipnorm=0.05),
+    "adafactor": lambda: keras.optimizers.Adafactor(0.05),
+    "factored_adam": lambda: moe_tf.optimizers.FactoredAdam(0.01),
+    "ema": lambda: keras.optimizers.Adam(
+        0.01, use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=3
+    ),
+    "loss_scale": lambda: keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.Adam(0.01), dynamic_growth_steps=3
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A small language model and how it is trained.
+
+    Attributes:
+        variant, gating: those of `LanguageModel`.
+        optimizer: name in `OPTIMIZERS`.
+        policy: name of a dtype policy.
+        steps: int.
+    """
+
+    variant: str = "MoE-8"
+    gating: str = "noisy_top_k"
+    optimizer: str = "adam"
+    policy: str = "float32"
+    steps: int = 20
+
+
+class Run(typing.NamedTuple):
+    """What training gave.
+
+    Attributes:
+        losses: float `(steps,)`.
+        dropped: float, largest share of words dropped in a step.
+        weights, slots: lists of `(path, array)`.
+    """
+
+    losses: np.ndarray
+    dropped: float
+    weights: list
+    slots: list
+
+
+def prepare(folder):
+    """The embedded text, counted once in `folder`, as `preparation` has it."""
+    config = types.SimpleNamespace(
+        corpus="sotu",
+        train="",
+        validation="",
+        test="",
+        path="",
+        vocabulary_size=1000,
+        max_words=_MAX_WORDS,
+    )
+    return preparation.prepare(config, str(folder))
+
+
+def read(prepared, number, words=512):
+    """The first batches of the longest sentences, all of one shape."""
+    dataset = batching.batches(
+        prepared, "train", words, shuffle_buffer=1024, rows_multiple=_ROWS
+    )
+    found = []
+    with tf.device("CPU"):
+        for batch in dataset.as_numpy_iterator():
+            longest = batch[1].shape[1] == _MAX_WORDS + 1
+            if longest and batch[2][:, 0].all():
+                found.append(batch)
+            if len(found) == number:
+                return found
+    raise ValueError(f"The text has fewer than {number} such batches.")
+
+
+def train(strategy, setting, batches, vocabulary_size):
+    """Trains a model from its start.
+
+    With noise, dropout, balancing losses, sampled softmax, and a capacity
+    that drops words of eight groups.
+
+    Args:
+        strategy: `MeshStrategy`, or None for one device.
+        setting: `Setting`
+        batches: as `read` gives them, `setting.steps` of them.
+        vocabulary_size: int
+
+    Returns:
+        `Run`
+    """
+    before = keras.config.dtype_policy()
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(0)
+    keras.config.set_dtype_policy(setting.policy)
+    try:
+        with strategy.scope() if strategy else contextlib.nullcontext():
+            scorer = _build(setting, vocabulary_size)
+        losses, dropped = [], 0.0
+        for inputs, targets, weights in batches[: setting.steps]:
+            scorer.reset_metrics()
+            logs = scorer.train_on_batch(
+                inputs, targets, weights, return_dict=True
+            )
+            losses.append(logs["loss"])
+            dropped = max(dropped, float(logs["moe_dropped_fraction"]))
+        return Run(
+            np.array(losses, "float64"),
+            dropped,
+            _values(scorer.variables),
+            _values(scorer.optimizer.variables),
+        )
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def _build(setting, vocabulary_size):
+    model = LanguageModel(
+        setting.variant,
+        vocabulary_size,
+        width=32,
+        k=2,
+        gating=setting.gating,
+        capacity_factor=None if setting.gating == "batchwise" else 1.0,
+        num_groups=_ROWS,
+        num_sampled=64,
+        seed=0,
+    )
+    for block in model.blocks:
+        if isinstance(block, moe.SparseMoE):
+            block.jit_compile = False  # XLA draws other noise.
+    scorer = NextWordScorer(model)
+    scorer.build()
+    optimizer = OPTIMIZERS[setting.optimizer]()
+    optimizer.build(scorer.trainable_variables)
+    scorer.compile_for_words(optimizer, jit_compile=False)
+    return scorer
+
+
+def _values(variables):
+    return [(v.path, np.array(v.numpy())) for v in variables]
+
+
+def differences(one, other):
+    """The largest differences of two `Run`s.
+
+    Returns:
+        dict: of losses; of weights and of slots absolutely, and as a share of
+        the largest entry of the same variable; the variable that differs most.
+    """
+    found = {"loss": float(np.abs(one.losses - other.losses).max())}
+    for kind in ("weights", "slots"):
+        pairs = zip(getattr(one, kind), getattr(other, kind), strict=True)
+        apart, share, where = 0.0, 0.0, ""
+        for (path, a), (same, b) in pairs:
+            if path != same or a.shape != b.shape:
+                raise ValueError(f"Variables differ: {path} and {same}")
+            if not a.size:
+                continue
+            a, b = np.asarray(a, "float64"), np.asarray(b, "float64")
+            largest = np.abs(a - b).max()
+            apart = max(apart, float(largest))
+            relative = float(largest / max(np.abs(a).max(), 1e-12))
+            if not relative <= share:
+                share, where = relative, path
+        found |= {kind: apart, f"{kind}_share": share, f"{kind}_in": where}
+    return found
+
+
+def compare(axes, device_type, folder, kinds, steps):
+    """Trains on one device, or on a mesh and tells how that differs.
+
+    Args:
+        axes: dict from name to size; None for one device, which comes first
+            and trains twice: what differs then is the device's own noise.
+        device_type: `"CPU"` or `"GPU"`
+        folder: where the text and the values of the one device are.
+        kinds: list of pairs, a dtype policy and an optimizer.
+        steps: int
+
+    Yields:
+        dicts.
+    """
+    strategy = MeshStrategy(axes, device_type=device_type) if axes else None
+    # Sums of products in full, so that orders of sums alone differ.
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    prepared = prepare(folder)
+    batches = read(prepared, steps)
+    for policy, optimizer in kinds:
+        setting = Setting(optimizer=optimizer, policy=policy, steps=steps)
+        path = pathlib.Path(folder, f"one_{policy}_{optimizer}.pickle")
+        size = prepared.vocabulary.size
+        run = train(strategy, setting, batches, size)
+        if strategy is None:
+            path.write_bytes(pickle.dumps(run))
+            run = train(strategy, setting, batches, size)
+        one = pickle.loads(path.read_bytes())
+        yield {
+            "mesh": str(axes) if axes else "one device, again",
+            "policy": policy,
+            "optimizer": optimizer,
+            "steps": steps,
+            "first_loss": float(run.losses[0]),
+            "last_loss": float(run.losses[-1]),
+            "dropped": run.dropped,
+            **{
+                f"differs_{name}": value
+                for name, value in differences(one, run).items()
+            },
+        }

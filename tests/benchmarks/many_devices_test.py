@@ -1,0 +1,30 @@
+import json
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def test_measures_on_virtual_devices(tmp_path):
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "moe_tf.benchmarks.many_devices"),
+            *("--parts=layer,largest", "--devices=2", "--device_type=CPU"),
+            f"--out={tmp_path}",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        timeout=300,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "results.json").read_text())
+    layer, exchanged, large = found["layer"]
+    # ceil(1.25 * 2 * 64 / 8) slots of 8 experts, bfloat16 of width 16.
+    size = 4 * 8 * 20 * 16 * 2 / 2**20
+    assert layer["all-to-all"] == f"4, {size:.3f} MiB"
+    assert layer["experts"] == 8 and layer["tokens"] == 128
+    assert exchanged["share of the step"] > 0 and large["GB/s a device"] > 0
+    assert found["largest"] == []
+    assert (tmp_path / "results.md").read_text() in result.stdout
