@@ -6,6 +6,7 @@ import ml_collections
 import pytest
 import tensorflow_datasets as tfds
 
+from moe_tf.data import libreoffice_help
 from moe_tf.data import lines
 from moe_tf.data import parallel
 
@@ -261,6 +262,22 @@ def test_a_folder_of_the_help_has_splits_and_gaps(tmp_path):
     assert read(corpus, pair=2) == [(b"a", b"1"), (b"d", b"4")]
     # What is untranslated in one pair may be translated in another.
     assert list(corpus.texts("train")) == [b"a", b"A", b"1", b"d", b"4"]
+
+
+def test_the_help_is_made_in_the_folder_of_the_run(tmp_path, monkeypatch):
+    made = []
+
+    def make(languages, folder):
+        made.append(languages)
+        columns = dict.fromkeys(languages, "a\nb\nc\nd\n")
+        help_folder(tmp_path / "run" / "corpus", **columns)
+        assert folder == str(tmp_path / "run" / "corpus")
+
+    monkeypatch.setattr(libreoffice_help, "make", make)
+    fields = config(corpus="libreoffice-help", pairs="en-de,fr-en")
+    corpus = parallel.open_parallel(fields, str(tmp_path / "run"))
+    assert made == [["de", "en", "fr"]]
+    assert read(corpus, pair=1) == [(b"a", b"a"), (b"d", b"d")]
 
 
 def test_an_unknown_language_of_a_folder_is_named(tmp_path):
