@@ -11,6 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from moe_tf import allowed_ids
 from moe_tf import checks
 
 PADDING_ID = 0
@@ -90,17 +91,5 @@ def _choose(logits_NV, temperature, generator):
 def _forbid(logits_NV, forbidden_ids):
     if not forbidden_ids:
         return logits_NV
-    allowed_V = np.ones(logits_NV.shape[-1], bool)
-    ids = list(forbidden_ids)
-    if not 0 <= min(ids) <= max(ids) < allowed_V.size:
-        raise ValueError(
-            f"`forbidden_ids` must be in [0, {allowed_V.size}), the "
-            f"vocabulary. Received: forbidden_ids={forbidden_ids}"
-        )
-    allowed_V[ids] = False
-    if not allowed_V.any():
-        raise ValueError(
-            "`forbidden_ids` must leave an id to draw. Received: all "
-            f"{allowed_V.size} of them"
-        )
+    allowed_V = allowed_ids.mask(logits_NV.shape[-1], forbidden_ids)
     return ops.where(allowed_V, logits_NV, -math.inf)
