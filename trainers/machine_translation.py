@@ -1,0 +1,19 @@
+"""Trains and uses translation models with and without experts.
+
+moe-tf-mt --config=configs/mt_demo.py --workdir=runs/mt
+moe-tf-mt --config=... --workdir=... --mode=translate < sentences.txt
+moe-tf-mt --config=... --workdir=... --mode=export
+"""
+
+from moe_tf.training.translation_modes import MODES
+from moe_tf.training.translation_task import TranslationTask
+from trainers import runner
+
+
+def run():
+    """Entry point of the console script `moe-tf-mt`."""
+    runner.run(TranslationTask, MODES)
+
+
+if __name__ == "__main__":
+    run()
