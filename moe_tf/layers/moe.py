@@ -13,6 +13,7 @@ from moe_tf import plans
 from moe_tf import sharding
 from moe_tf import xla
 from moe_tf.layers import experts
+from moe_tf.layers import gate_recording
 from moe_tf.layers import router
 from moe_tf.layers import routers
 
@@ -237,6 +238,7 @@ class SparseMoE(keras.layers.Layer):
         routing = self.router(
             ops.cast(x_TD, self.router.dtype), mask=mask_T, training=training
         )
+        gate_recording.note(self, routing.gates)
         weight_TK, expert_TK = routing.gates
         if num_groups is not None:
             x_TD, weight_TK, expert_TK, mask_T = (
