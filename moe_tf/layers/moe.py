@@ -199,6 +199,9 @@ class SparseMoE(keras.layers.Layer):
         for layer in (self.router, self.experts):
             if not layer.built:  # a router that was given may be
                 layer.build((None, input_shape[-1]))
+        self.input_spec = keras.layers.InputSpec(
+            min_ndim=1, axes={-1: input_shape[-1]}
+        )
         self.built = True
 
     def call(self, inputs, mask=None, training=False):

@@ -24,3 +24,11 @@ def test_bad_capacity_names_the_field(capacity_factor):
 def test_unknown_width_is_refused():
     with pytest.raises(ValueError, match="last axis"):
         moe.SparseMoE(4, 5).build((None, None))
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (2, 3, 5)])
+def test_another_width_than_the_first_is_refused(shape):
+    layer = moe.SparseMoE(5, 7)
+    layer.build((None, 6))
+    with pytest.raises(ValueError, match="expected axis -1 .* value 6"):
+        layer(np.ones(shape))
