@@ -14,7 +14,7 @@ def test_a_mask_of_another_shape_is_refused(shape):
 
 
 @pytest.mark.parametrize(
-    "capacity_factor", [0, -1.0, float("nan"), float("inf")]
+    "capacity_factor", [0, -1.0, True, float("nan"), float("inf")]
 )
 def test_bad_capacity_names_the_field(capacity_factor):
     with pytest.raises(ValueError, match="`capacity_factor`.*Received"):
