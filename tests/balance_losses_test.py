@@ -1,11 +1,17 @@
 """The table of docs/balance_losses.md: what a coefficient elsewhere is here."""
 
+import math
+import pathlib
+import re
+
 import numpy as np
 import pytest
 
 from moe_tf import gating
+from moe_tf import numerics
 
 T, N, W = 30, 8, 4
+PAGE = pathlib.Path(__file__).parents[1] / "docs" / "balance_losses.md"
 
 
 def routing(k, seed):
@@ -42,6 +48,68 @@ def transformers(share_TE, count_E, k):
 
 def fastmoe(share_TE, count_E, k):
     return np.mean(count_E / T * share_TE.mean(0)) * (N / W) ** 2
+
+
+def conversions():
+    """The rows of the page's second table: system, and its last two cells."""
+    _, table = PAGE.read_text().split("| system |")
+    cells = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    return {row[0]: row[2:] for row in cells[2:] if len(row) == 4}
+
+
+def worth(code, k):
+    """A formula of the page in numbers, for a coefficient `c` of 1."""
+    code = code.strip("`").replace("c k", "c * k").replace("^", "**")
+    names = {"c": 1, "k": k, "n": N, "W": W}
+    return eval(code, {"__builtins__": {}}, names)
+
+
+@pytest.mark.parametrize(
+    "system,theirs,k",
+    [
+        ("Switch, Mesh-TensorFlow", switch, 1),
+        ("Switch, Mesh-TensorFlow", mesh_tensorflow, 1),
+        ("GShard, as its paper writes it", gshard_paper, 1),
+        ("Megatron-LM", megatron, 3),
+        ("Hugging Face transformers", transformers, 3),
+        ("FastMoE", fastmoe, 1),
+    ],
+)
+def test_a_row_of_the_page_gives_their_gradient(system, theirs, k):
+    # Times the page's weight our loss differs from theirs by a constant.
+    (row,) = (
+        cells
+        for name, cells in conversions().items()
+        if name.startswith(system)
+    )
+    at_balance, here = row
+    (weight,) = re.findall(r"`load_weight = ([^`]+)`", here)
+    differences = []
+    for seed in range(3):
+        share_TE, count_E = routing(k, seed)
+        ours = float(gating.load_excess(share_TE, count_E.astype("float64")))
+        differences.append(
+            theirs(share_TE, count_E, k) - worth(weight, k) * ours
+        )
+    want = worth(at_balance, k)
+    np.testing.assert_allclose(differences, want, rtol=1e-6)
+
+
+def test_the_rows_of_the_page_without_an_excess():
+    rows = conversions()
+    paper, z_loss = (
+        next(cells for name, cells in rows.items() if name.startswith(start))
+        for start in ("paper; tensor2tensor", "router z-loss")
+    )
+    assert paper[1].endswith("`importance_weight = load_weight = c`")
+    even_E, one_E = np.full(N, 3.0), np.eye(N)[0]
+    assert float(numerics.cv_squared(even_E)) == worth(paper[0], 1) == 0
+    assert float(numerics.cv_squared(one_E)) == pytest.approx(N - 1)
+    assert z_loss[1] == "`z_loss_weight = c`"
+    logits_TE = np.log(np.full((T, N), 2.0))
+    want = math.log(2 * N) ** 2
+    assert float(gating.z_loss(logits_TE)) == pytest.approx(want)
+    assert len(rows) == 7  # a new row wants a test
 
 
 @pytest.mark.parametrize(

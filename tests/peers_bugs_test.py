@@ -77,6 +77,21 @@ def test_an_expert_starts_the_same_however_many_there_are():
             assert 0.95 * limit < largest <= limit, (num_experts, kernel.name)
 
 
+@EVERY
+def test_a_token_of_zeros_is_a_token(name):
+    # Flaxformer takes a token whose entries are all zero for padding.
+    layer = every_router.layer(name)
+    x_TD = tokens(13)
+    x_TD[5] = 0.0
+    layer(x_TD, training=True)
+    want = 13 * layer.router.experts_per_token
+    most = layer.router.most_tokens(13, training=True)
+    if most is not None:  # experts choose: ceil(2 * 13 / 8), not of 12
+        assert most == 4
+        want = 8 * most
+    assert np.sum(layer.balance.assigned_E) == want
+
+
 # Capacity.
 
 
@@ -214,10 +229,16 @@ def test_any_number_of_tokens_goes_through_one_graph():
         np.testing.assert_allclose(run(x_TD), layer(x_TD), rtol=1e-9)
 
 
-def test_an_export_serves_experts_that_no_example_used(tmp_path):
+@pytest.mark.parametrize("capacity_factor", [None, 0.25])
+def test_an_export_serves_experts_that_no_example_used(
+    capacity_factor, tmp_path
+):
     # YOLO-Master PR #74, wenet PR #2726: experts that are not active in the
-    # traced batch are left out. MoCE-IR #19: is the noise off?
-    layer = moe_tf.SparseMoE(4, 5, k=1, name="moe")
+    # traced batch are left out. MoCE-IR #19: is the noise off? marin #8134:
+    # capacity clips what is served.
+    layer = moe_tf.SparseMoE(
+        4, 5, k=1, capacity_factor=capacity_factor, name="moe"
+    )
     model = keras.Sequential([keras.Input((4,)), layer])
     layer.router.gate_DE.assign(9.0 * np.eye(4))
     layer.router.noise_DE.assign(np.full((4, 4), 99.0))
@@ -225,14 +246,14 @@ def test_an_export_serves_experts_that_no_example_used(tmp_path):
     np.testing.assert_array_equal(layer.balance.assigned_E, [1, 0, 0, 0])
     model.export(tmp_path / "model", verbose=False)
     served = tf.saved_model.load(tmp_path / "model")
-    x_TD = np.eye(4, dtype="float32")
     # Expert t answers token t.
-    hidden_TF = np.maximum(
-        np.einsum("TD,TDF->TF", x_TD, layer.experts.in_EDF), 0
-    )
-    want_TD = np.einsum("TF,TFD->TD", hidden_TF, layer.experts.out_EFD)
-    for _ in range(2):
-        np.testing.assert_allclose(served.serve(x_TD), want_TD, atol=1e-6)
+    hidden_EF = np.maximum(np.einsum("EEF->EF", layer.experts.in_EDF), 0)
+    answer_ED = np.einsum("EF,EFD->ED", hidden_EF, layer.experts.out_EFD)
+    for expert_T in ([0, 1, 2, 3], [3, 3, 3, 3, 3, 1, 3], [2]):
+        x_TD = np.eye(4, dtype="float32")[expert_T]
+        for _ in range(2):
+            got_TD = served.serve(x_TD)
+            np.testing.assert_allclose(got_TD, answer_ED[expert_T], atol=1e-6)
 
 
 # Files.

@@ -54,6 +54,7 @@ class Experts(keras.layers.Layer):
         super().__init__(**kwargs)
         checks.at_least("num_experts", num_experts, 1)
         checks.at_least("hidden_units", hidden_units, 1)
+        checks.true_or_false("recompute", recompute)
         self.num_experts = num_experts
         self.hidden_units = hidden_units
         self.activation = keras.activations.get(activation)

@@ -13,6 +13,7 @@ from moe_tf import plans
 from moe_tf import sharding
 from moe_tf import xla
 from moe_tf.layers import experts
+from moe_tf.layers import gate_recording
 from moe_tf.layers import router
 from moe_tf.layers import routers
 
@@ -199,6 +200,9 @@ class SparseMoE(keras.layers.Layer):
         for layer in (self.router, self.experts):
             if not layer.built:  # a router that was given may be
                 layer.build((None, input_shape[-1]))
+        self.input_spec = keras.layers.InputSpec(
+            min_ndim=1, axes={-1: input_shape[-1]}
+        )
         self.built = True
 
     def call(self, inputs, mask=None, training=False):
@@ -237,6 +241,7 @@ class SparseMoE(keras.layers.Layer):
         routing = self.router(
             ops.cast(x_TD, self.router.dtype), mask=mask_T, training=training
         )
+        gate_recording.note(self, routing.gates)
         weight_TK, expert_TK = routing.gates
         if num_groups is not None:
             x_TD, weight_TK, expert_TK, mask_T = (

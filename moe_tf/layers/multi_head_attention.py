@@ -89,6 +89,7 @@ class _Attention(keras.layers.Layer):
         super().__init__(**kwargs)
         checks.at_least("num_heads", num_heads, 1)
         self.num_heads = num_heads
+        self.supports_masking = True
 
     def _check_width(self, width):
         if width % self.num_heads:

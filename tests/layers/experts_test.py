@@ -29,6 +29,12 @@ def test_sizes_that_are_no_counts_are_refused(field, value):
         experts.Experts(**sizes)
 
 
+@pytest.mark.parametrize("value", ["yes", None, 1])
+def test_a_recompute_that_is_no_bool_is_refused(value):
+    with pytest.raises(ValueError, match=f"`recompute`.* recompute={value}"):
+        experts.Experts(2, 3, recompute=value)
+
+
 @pytest.mark.parametrize("num_experts,k", [(4, 1), (4, 2), (3, 3)])
 @pytest.mark.parametrize("num_tokens", [2, 3, 9])
 def test_all_plans_give_the_same(num_experts, k, num_tokens):

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from moe_tf.layers.feed_forward import FeedForward
 from tests import keras_contract
@@ -28,6 +29,14 @@ def test_matches_numpy(hidden_units):
         want = np.maximum(want @ kernel, 0)
     np.testing.assert_allclose(got, want @ last, rtol=1e-5, atol=1e-6)
     assert (np.asarray(got) < 0).any()  # the last layer is linear
+
+
+def test_xla_gives_the_same():
+    layer = FeedForward((6, 5))
+    inputs = np.random.default_rng(0).normal(size=(2, 3, 4)).astype("float32")
+    want = layer(inputs)
+    compiled = tf.function(layer, jit_compile=True)
+    np.testing.assert_allclose(compiled(inputs), want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("hidden_units", [(), (4, 0)])

@@ -1,3 +1,5 @@
+"""SparseMoE by itself: values, gradients, padding, capacity, precision."""
+
 import keras
 import numpy as np
 import pytest
@@ -361,127 +363,11 @@ def test_mixed_bfloat16_is_near_float32():
     np.testing.assert_allclose(outputs[1], outputs[0], atol=0.05)
 
 
-def test_same_seed_same_training():
-    x_BLD, y_BLD = tokens(6, 3, 6), tokens(6, 3, 6, seed=1)
-    histories = []
-    for _ in range(2):
-        keras.utils.set_random_seed(0)
-        model = keras.Sequential([moe.SparseMoE(4, 5, k=2, seed=1)])
-        model.compile("adam", "mse")
-        history = model.fit(x_BLD, y_BLD, epochs=3, verbose=0).history
-        histories.append(history["loss"])
-    assert histories[0] == histories[1]
-
-
-class Subclassed(keras.Model):
-    def __init__(self):
-        super().__init__()
-        self.moe = moe.SparseMoE(4, 5, k=2, name="moe", seed=0)
-
-    def call(self, inputs, training=False):
-        return inputs + self.moe(inputs, training=training)
-
-
-def sequential():
-    return keras.Sequential([moe.SparseMoE(4, 5, k=2, name="moe", seed=0)])
-
-
-def functional():
-    inputs = keras.Input((None, 6))
-    hidden = moe.SparseMoE(4, 5, k=2, name="moe", seed=0)(inputs)
-    return keras.Model(inputs, keras.layers.add([inputs, hidden]))
-
-
-@pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize("make", [sequential, functional, Subclassed])
-def test_fits_in_any_keras_model_and_logs_its_balance(make, jit_compile):
-    model = make()
-    optimizer = keras.optimizers.Adam(0.02)
-    model.compile(optimizer, "mse", jit_compile=jit_compile)
-    x_BLD = tokens(8, 3, 6)
-    history = model.fit(
-        x_BLD, x_BLD, validation_data=(x_BLD, x_BLD), epochs=9, verbose=0
-    ).history
-    assert history["val_loss"][-1] < 0.9 * history["val_loss"][0]
-    for statistic in ("cv_importance", "cv_load", "max_over_mean_load"):
-        assert len(history[f"moe_{statistic}"]) == 9
-        assert len(history[f"val_moe_{statistic}"]) == 9
-    assert set(history["moe_dropped_fraction"]) == {0.0}
-
-
-@pytest.mark.parametrize("make", [sequential, functional])
-def test_keras_file_and_saved_model_give_the_same_outputs(make, tmp_path):
-    model = make()
-    x_BLD = tokens(4, 3, 6).astype("float32")
-    model.compile("adam", "mse")
-    model.fit(x_BLD, x_BLD, verbose=0)
-    want_BLD = model.predict(x_BLD, verbose=0)
-
-    model.save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
-    np.testing.assert_array_equal(loaded.predict(x_BLD, verbose=0), want_BLD)
-    assert loaded.get_layer("moe").get_config() == (
-        model.get_layer("moe").get_config()
-    )
-
-    model.export(tmp_path / "exported", verbose=False)
-    served = tf.saved_model.load(tmp_path / "exported")
-    for rows in (4, 1):  # any batch size
-        got_BLD = served.serve(x_BLD[:rows])
-        np.testing.assert_allclose(got_BLD, want_BLD[:rows], atol=1e-6)
-
-
-def test_mask_of_an_embedding_arrives():
-    ids_BL = np.array([[3, 4, 0, 0], [5, 0, 0, 0]])
-    model = keras.Sequential(
-        [
-            keras.layers.Embedding(9, 6, mask_zero=True),
-            moe.SparseMoE(4, 5, k=2, name="moe"),
-        ]
-    )
-    out_BLD = model(ids_BL)
-    np.testing.assert_array_equal(np.asarray(out_BLD)[ids_BL == 0], 0.0)
-    assert np.sum(model.get_layer("moe").balance.assigned_E) == 3 * 2
-
-
-def test_gradient_accumulation_keeps_the_balancing_gradient():
-    # Two steps of accumulation over the same batch equal one step on it.
-    weights = []
-    for accumulate, epochs in ((None, 1), (2, 2)):
-        keras.utils.set_random_seed(0)
-        layer = moe.SparseMoE(
-            4, 5, k=4, seed=1, importance_weight=3.0, name="moe"
-        )
-        model = keras.Sequential([layer])
-        x_TD = tokens(8, 6)
-        model.build(x_TD.shape)
-        layer.router.gate_DE.assign(tokens(6, 4, seed=4))
-        layer.router.noise_DE.assign(np.full((6, 4), -50.0))  # no noise
-        noise = layer.router.noise_DE
-        noise.trainable = False
-        optimizer = keras.optimizers.SGD(
-            0.5, gradient_accumulation_steps=accumulate
-        )
-        model.compile(optimizer, "mse", jit_compile=False)
-        model.fit(np.abs(x_TD), x_TD, batch_size=8, epochs=epochs, verbose=0)
-        weights.append(np.asarray(layer.router.gate_DE))
-    start_DE = tokens(6, 4, seed=4)
-    assert np.abs(weights[0] - start_DE).max() > 1e-2
-    np.testing.assert_allclose(weights[1], weights[0], rtol=1e-4, atol=1e-6)
-
-
 def test_integers_are_cast_as_keras_does():
     layer = layer_with_weights(dtype="float32")
     ids_TD = np.arange(18).reshape(3, 6) % 5
     want_TD = layer(ids_TD.astype("float32"))
     np.testing.assert_array_equal(layer(ids_TD), want_TD)
-
-
-@pytest.mark.parametrize("shape", [(5, 3), (3,), (3, 1), (3, 5, 6)])
-def test_a_mask_of_another_shape_is_refused(shape):
-    layer = layer_with_weights()
-    with pytest.raises(ValueError, match=r"`mask` must .*inputs of shape"):
-        layer(tokens(3, 5, 6), mask=np.ones(shape, bool))
 
 
 def test_padding_does_not_change_what_drops():
@@ -496,16 +382,3 @@ def test_padding_does_not_change_what_drops():
     got_TD = layer(padded_TD, mask=np.arange(20) < 9, training=True)
     np.testing.assert_array_equal(got_TD[:9], alone_TD)
     np.testing.assert_array_equal(layer.balance.dropped_E, dropped_E)
-
-
-@pytest.mark.parametrize(
-    "capacity_factor", [0, -1.0, float("nan"), float("inf")]
-)
-def test_bad_capacity_names_the_field(capacity_factor):
-    with pytest.raises(ValueError, match="`capacity_factor`.*Received"):
-        moe.SparseMoE(4, 5, capacity_factor=capacity_factor)
-
-
-def test_unknown_width_is_refused():
-    with pytest.raises(ValueError, match="last axis"):
-        moe.SparseMoE(4, 5).build((None, None))

@@ -1,6 +1,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from moe_tf.layers.projected_lstm import ProjectedLSTMCell
 from tests import keras_contract
@@ -38,6 +39,16 @@ def test_matches_a_numpy_loop(units, width):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(r, want_r, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(c, want_c, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_xla_gives_the_same(unroll):
+    inputs = random_inputs(2, 6, 5)
+    cell = ProjectedLSTMCell(7, 3)
+    layer = keras.layers.RNN(cell, return_sequences=True, unroll=unroll)
+    want = layer(inputs)
+    compiled = tf.function(layer, jit_compile=True)
+    np.testing.assert_allclose(compiled(inputs), want, rtol=1e-5, atol=1e-6)
 
 
 def test_number_of_weights():

@@ -1,0 +1,89 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from moe_tf.layers.word_softmax import WordSoftmax
+from tests import keras_contract
+
+B, L, V, D = 3, 4, 11, 5
+
+
+class WordSoftmaxTest(keras_contract.TestCase):
+    def test_contract(self):
+        self.run_layer_test(
+            WordSoftmax,
+            init_kwargs={"vocabulary_size": V},
+            input_shape=(B, L, D),
+            expected_output_shape=(B, L, V),
+            expected_num_trainable_weights=1,
+            run_mixed_precision_check=False,  # logits are float32
+        )
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def targets():
+    return np.random.default_rng(1).integers(0, V, (B, L))
+
+
+def make(dtype):
+    layer = WordSoftmax(V, dtype=dtype)
+    layer.build((None, D))
+    layer.kernel_VD.assign(draw(V, D, seed=2))
+    return layer
+
+
+@pytest.mark.parametrize(
+    "dtype,tolerance", [("float64", 1e-10), ("mixed_bfloat16", 0.05)]
+)
+def test_losses_match_numpy(dtype, tolerance):
+    layer, x_BLD = make(dtype), draw(B, L, D)
+    nll, uniform = layer.losses_per_word(x_BLD, targets())
+    logits = x_BLD @ draw(V, D, seed=2).T
+    want = np.log(np.exp(logits).sum(-1, keepdims=True)) - logits
+    own = np.take_along_axis(want, targets()[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(nll, own, atol=tolerance)
+    np.testing.assert_allclose(uniform, want.mean(-1), atol=tolerance)
+    assert nll.dtype == uniform.dtype
+    assert nll.dtype == ("float64" if dtype == "float64" else "float32")
+    got = layer.logits(x_BLD)
+    np.testing.assert_allclose(got, logits, atol=tolerance)
+    assert got.dtype == nll.dtype
+
+
+def test_gradients_of_both_losses_are_those_of_whole_logits():
+    layer, x_BLD = make("float64"), tf.Variable(draw(B, L, D))
+    upstreams = draw(2, B, L, seed=3)
+    variables = [x_BLD, layer.kernel_VD.value]
+
+    def whole():
+        logits = layer.logits(tf.convert_to_tensor(x_BLD))
+        all_nll = tf.reduce_logsumexp(logits, -1, keepdims=True) - logits
+        own = tf.gather(all_nll, targets(), axis=-1, batch_dims=2)
+        return own, tf.reduce_mean(all_nll, axis=-1)
+
+    results = []
+    for function in (
+        whole,
+        lambda: layer.losses_per_word(tf.convert_to_tensor(x_BLD), targets()),
+    ):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(tf.stack(function()) * upstreams)
+        results.append(tape.gradient(loss, variables))
+    for want, got in zip(*results, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-10)
+
+
+def test_embeds_rows_of_its_table():
+    layer = make("mixed_bfloat16")
+    got = layer.embed(targets())
+    assert got.dtype == tf.bfloat16
+    want = draw(V, D, seed=2)[targets()]
+    np.testing.assert_allclose(tf.cast(got, "float32"), want, rtol=1e-2)
+
+
+def test_a_vocabulary_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="vocabulary_size=0"):
+        WordSoftmax(0)
