@@ -1,7 +1,12 @@
 """What of a graph is compiled by XLA."""
 
+import contextlib
+import contextvars
+
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
+
+_in_one_piece = contextvars.ContextVar("in_one_piece", default=False)
 
 
 def wants_static_shapes():
@@ -22,9 +27,23 @@ def compiles_part(jit_compile, variable):
         jit_compile: bool, or `"auto"` for where a GPU runs it.
         variable: `keras.Variable` that the part reads.
     """
-    if tf.executing_eagerly() or wants_static_shapes():
+    if tf.executing_eagerly() or wants_static_shapes() or _in_one_piece.get():
         return False
     return on_gpu(variable) if jit_compile == "auto" else jit_compile
+
+
+@contextlib.contextmanager
+def in_one_piece():
+    """Within it no part of a trace becomes a program of its own.
+
+    For programs whose shapes change from call to call, as a decoder's do:
+    each shape would be compiled.
+    """
+    token = _in_one_piece.set(True)
+    try:
+        yield
+    finally:
+        _in_one_piece.reset(token)
 
 
 def compiled(function):

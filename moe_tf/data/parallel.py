@@ -135,7 +135,7 @@ def open_parallel(data_config, workdir: str) -> ParallelCorpus:
     | `corpus` | text |
     | --- | --- |
     | `"libreoffice-help"` | the folder `path`, or one made under `workdir` from Debian's packages, see `moe_tf.data.libreoffice_help` |
-    | `"files"` | the files that `train`, `validation` and `test` name: `{lang}` stands for a language, `{pair}` for the pair, in either order |
+    | `"files"` | the files that `train`, `validation` and `test` name: `{lang}` stands for a language, `{pair}` for the pair, in either order, `{path}` for `path` |
     | `"tfds:NAME"` | a translation set of tensorflow_datasets, such as `tfds:wmt14_translate/fr-en`, kept in `path` if given |
 
     Args:
@@ -284,6 +284,7 @@ def _open_files(data_config, pairs):
 def _text_files(data_config, pair, split):
     field = f"data.{split}"
     patterns = getattr(data_config, split) or ""
+    patterns = patterns.replace("{path}", data_config.path or ".")
     if not all("{lang}" in pattern for pattern in patterns.split(",")):
         raise ValueError(
             f"`{field}` must name files with {{lang}} in place of the "

@@ -7,6 +7,7 @@ import tensorflow as tf
 from moe_tf import beam_search
 from moe_tf import checks
 from moe_tf import translation_sampling
+from moe_tf import xla
 from moe_tf.data import vocabulary as vocabularies
 
 METHODS = ("beam", "greedy", "sample")
@@ -166,6 +167,10 @@ class Translator(tf.Module):
         return translate
 
     def _find(self, source_BS):
+        with xla.in_one_piece():
+            return self._search(source_BS)
+
+    def _search(self, source_BS):
         settings = self.settings
         memory = self.model.encode(source_BS)
         pieces_B = tf.reduce_sum(

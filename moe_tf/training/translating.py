@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from moe_tf.data import lines
+from moe_tf.data import pair_plan
 from moe_tf.data import vocabulary as vocabularies
 
 # Batches that are read ahead to be sorted by length: less padding.
@@ -130,8 +131,8 @@ def _in_batches(translator, numbered_rows, batch_size):
 
 def _padded(rows, num_rows):
     """The rows as one array; empty ones fill it up to `num_rows`."""
-    longest = max(len(row) for row in rows)
-    source_BS = np.full((num_rows, longest), vocabularies.PAD, "int32")
+    length = pair_plan.padded_length(max(map(len, rows)))
+    source_BS = np.full((num_rows, length), vocabularies.PAD, "int32")
     for b, row in enumerate(rows):
         source_BS[b, : len(row)] = row
     return source_BS

@@ -6,7 +6,7 @@ from moe_tf.training import dry_run
 
 
 def describe(variant, config):
-    """Parameters, operations and bytes of a translation model's run, as text."""
+    """Parameters, operations and bytes of a translation run, as text."""
     size = config.data.vocabulary_size
     counts = variants.count(variant, size)
     lengths = sorted(

@@ -131,10 +131,8 @@ def average(task, config, workdir):
             variables.named_variables(scorer),
             task.strategy,
         )
-        loop.tell(
-            task,
-            f"Saved the mean of the states of steps {', '.join(map(str, steps))}",
-        )
+        told = ", ".join(map(str, steps))
+        loop.tell(task, f"Saved the mean of the states of steps {told}")
 
 
 def evaluate(task, config, workdir):
