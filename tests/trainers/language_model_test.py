@@ -1,80 +1,21 @@
 """The trainer as users run it: a process of its own, real text, files."""
 
 import contextlib
-import json
+import dataclasses
 import os
-import pathlib
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
-import tensorflow as tf
 
-REPOSITORY = pathlib.Path(__file__).parents[2]
-
-
-def command(workdir, *overrides, config="lm_demo.py:tiny"):
-    return [
-        sys.executable,
-        "-m",
-        "trainers.language_model",
-        f"--config={REPOSITORY / 'configs' / config}",
-        f"--workdir={workdir}",
-        *overrides,
-    ]
-
-
-def run(workdir, *overrides, stdin=None, **kwargs):
-    return subprocess.run(
-        command(workdir, *overrides, **kwargs),
-        cwd=REPOSITORY,
-        input=stdin,
-        capture_output=True,
-        timeout=300,
-    )
-
+from tests.trainers import runs
 
 SIX_STEPS = ("--config.train.steps=6", "--config.train.evaluate_every=2")
-
-
-def final_state(workdir):
-    """Every tensor of the last checkpoint, and its metadata."""
-    (folder,) = (workdir / "checkpoints" / "last").glob("step-00000006")
-    reader = tf.train.load_checkpoint(str(folder / "variables"))
-    tensors = {
-        name: reader.get_tensor(name)
-        for name in reader.get_variable_to_shape_map()
-        if name not in ("_CHECKPOINTABLE_OBJECT_GRAPH", "save_counter")
-    }
-    metadata = json.loads((folder / "metadata.json").read_text())
-    return tensors, metadata
-
-
-def run_until(workdir, moment):
-    """Starts the trainer and kills it as soon as `moment(workdir)`."""
-    process = subprocess.Popen(
-        command(workdir, *SIX_STEPS),
-        cwd=REPOSITORY,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 200
-    while process.poll() is None and not moment(workdir):
-        assert time.monotonic() < deadline
-        time.sleep(0.0005)
-    process.send_signal(signal.SIGKILL)
-    return process.wait()
-
-
-def saved_first_step(workdir):
-    return (workdir / "checkpoints/last/step-00000002").exists()
-
-
-def writes_second_step(workdir):
-    return (workdir / "checkpoints/last/step-00000004.tmp").exists()
+TRAINER = runs.Trainer("trainers.language_model", "lm_demo.py:tiny")
+REPOSITORY = runs.REPOSITORY
+command, run = TRAINER.command, TRAINER.run
 
 
 @pytest.fixture(scope="module")
@@ -87,21 +28,15 @@ def finished(tmp_path_factory):
 
 
 def test_killed_run_ends_with_the_same_bits(finished, tmp_path):
-    for moment in (saved_first_step, writes_second_step):
-        assert run_until(tmp_path, moment) == -signal.SIGKILL
-    result = run(tmp_path, *SIX_STEPS)
-    assert result.returncode == 0, result.stderr.decode()
-    assert "Going on from step" in result.stdout.decode()
-    want, want_metadata = final_state(finished[0])
-    got, got_metadata = final_state(tmp_path)
-    assert want_metadata == got_metadata
-    assert want.keys() == got.keys()
-    for name, tensor in want.items():
-        np.testing.assert_array_equal(got[name], tensor, err_msg=name)
+    killed = dataclasses.replace(TRAINER, flags=SIX_STEPS)
+    for moment in (runs.saved(2), runs.writes(4)):
+        killed.kill_at(tmp_path, moment)
+    told = killed.succeed(tmp_path)
+    assert any("Going on from step" in line for line in told)
+    runs.assert_same(runs.state(tmp_path, 6), runs.state(finished[0], 6))
     # And they are told alike: test perplexity and samples.
-    told = result.stdout.decode().splitlines()[-5:-1]
-    assert told == finished[1].splitlines()[-5:-1]
-    assert told[0].startswith("test perplexity")
+    assert told[-5:-1] == finished[1].splitlines()[-5:-1]
+    assert told[-5].startswith("test perplexity")
 
 
 def test_damaged_newest_checkpoint_falls_back(finished, tmp_path):
@@ -113,10 +48,7 @@ def test_damaged_newest_checkpoint_falls_back(finished, tmp_path):
     told = result.stderr.decode()
     assert "Damaged" in told and "step-00000006" in told
     assert "Going on from step 4." in result.stdout.decode()
-    want, _ = final_state(finished[0])
-    got, _ = final_state(tmp_path)
-    for name, tensor in want.items():
-        np.testing.assert_array_equal(got[name], tensor, err_msg=name)
+    runs.assert_same(runs.state(tmp_path, 6), runs.state(finished[0], 6))
 
 
 def test_another_config_is_refused_with_the_difference(finished):
