@@ -10,6 +10,7 @@ from moe_tf import beam_history
 from moe_tf import checks
 from moe_tf import decoding_rows
 from moe_tf import hypotheses
+from moe_tf import wide_top_k
 
 
 def search(
@@ -282,7 +283,7 @@ class _Search:
         allowed_V = allowed_ids.mask(
             size, settings.forbidden_ids, settings.end_id
         )
-        top_NC, token_NC = tf.math.top_k(
+        top_NC, token_NC = wide_top_k.wide_top_k(
             tf.where(allowed_V, logits_NV, -math.inf),
             min(settings.beam_size + 1, size),
         )

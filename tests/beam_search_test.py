@@ -157,6 +157,26 @@ def test_matches_one_hypothesis_at_a_time(beam_size, pruning, sharpness):
             assert not got[2][:, len(source) :].any()
 
 
+def test_matches_one_hypothesis_at_a_time_with_many_words():
+    translator = tiny_translator.Translator(1000, 5, sharpness=4.0)
+    source_BS = tiny_translator.sources(2, 4, 1000)
+    memory = translator.encode(source_BS)
+    settings = {"beam_size": 3, "num_best": 3, "forbidden_ids": FORBIDDEN}
+    found = beam_search.search(
+        translator.step, memory, translator.initial_states(memory),
+        memory["mask"], start_id=START, end_id=END, max_length_B=[5, 5],
+        **settings,
+    )  # fmt: skip
+    for sentence in range(2):
+        want = reference.search(
+            translator.reader(words(source_BS[sentence])),
+            END,
+            max_length=5,
+            **settings,
+        )
+        assert texts(found, sentence) == [one.tokens for one in want]
+
+
 def test_what_a_sentence_gets_does_not_depend_on_the_batch_or_padding():
     _, run = compiled(num_best=3)
     source_BS = tiny_translator.sources(16, 6, SIZE, seed=3)

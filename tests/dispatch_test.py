@@ -126,19 +126,24 @@ def test_combine_of_dispatch_and_its_gradients(way, routing, size):
         np.testing.assert_allclose(got_array, want_array, atol=1e-6)
 
 
-def test_gradients_scatter_no_activation():
-    expert_TK = tf.constant([[0, 1], [1, 2], [2, 0]])
+@pytest.mark.parametrize("way", ["rows", "blocks", "capacity"])
+def test_gradients_scatter_no_activation(way):
+    expert_TK = np.array([[0, 1], [1, 2], [2, 0]], "int32")
 
     @tf.function
-    def gradient(x_TD, weight_TK):
-        plan = plans.plan_rows(expert_TK, 3)
+    def gradients(x_TD, weight_TK):
+        plan = plan_of(way, expert_TK, num_experts=3, size=2)
         with tf.GradientTape() as tape:
-            tape.watch(x_TD)
+            tape.watch([x_TD, weight_TK])
             y_SD = dispatch.dispatch(x_TD, plan)
             y_TD = dispatch.combine(y_SD * y_SD, weight_TK, plan)
-        return tape.gradient(y_TD, x_TD)
+        # As tensors: of a gather TensorFlow gives slices, scattered later.
+        return [
+            tf.convert_to_tensor(gradient)
+            for gradient in tape.gradient(y_TD, [x_TD, weight_TK])
+        ]
 
-    graph = gradient.get_concrete_function(
+    graph = gradients.get_concrete_function(
         tf.TensorSpec((3, 4)), tf.TensorSpec((3, 2))
     ).graph
     scatters = [

@@ -141,7 +141,7 @@ def encode_sources(
     """
     rows = _sources(prepared, texts, language)
     length = pair_plan.padded_length(max(map(len, rows)))
-    return _padded(rows, (num_rows or len(rows), length))
+    return _padded(rows, num_rows, length)
 
 
 def encode_pairs(
@@ -173,11 +173,11 @@ def encode_pairs(
     source_rows = _sources(prepared, sources, language)
     pieces = _pieces(prepared, targets)
     longest = max(max(map(len, source_rows)), 1 + max(map(len, pieces)))
-    shape = (num_rows or len(pieces), pair_plan.padded_length(longest))
+    length = pair_plan.padded_length(longest)
     return _batch(
-        _padded(source_rows, shape),
-        _padded([[START, *row] for row in pieces], shape),
-        _padded([[*row, END] for row in pieces], shape),
+        _padded(source_rows, num_rows, length),
+        _padded([[START, *row] for row in pieces], num_rows, length),
+        _padded([[*row, END] for row in pieces], num_rows, length),
     )
 
 
@@ -224,8 +224,9 @@ def _pieces(prepared, texts):
     return prepared.wordpieces.encode(texts).to_list()
 
 
-def _padded(rows, shape):
-    padded = np.full(shape, PAD, np.int32)
+def _padded(rows, num_rows, length):
+    checks.at_least("num_rows", num_rows, len(rows), none_is_fine=True)
+    padded = np.full((num_rows or len(rows), length), PAD, np.int32)
     for row, to in zip(rows, padded, strict=False):
         to[: len(row)] = row
     return padded

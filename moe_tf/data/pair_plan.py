@@ -63,6 +63,8 @@ class Plan:
 
     def __post_init__(self):
         corpora.check_split(self.split)
+        if self.pair is not None:
+            self.prepared.corpus.pair(self.pair)
         checks.at_least("batch_tokens", self.batch_tokens, 1)
         checks.at_least(
             "rows_multiple", self.rows_multiple, 1, none_is_fine=True

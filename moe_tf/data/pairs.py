@@ -264,6 +264,10 @@ def _load(data_config, workdir, corpus):
     with open(path, "rb") as file:
         record = json.load(file)
     remedy = f"Restore it, use another `workdir`, or delete {path}."
+    if "wordpieces" not in record:
+        raise ValueError(
+            f"{path} is not of a run with sentence pairs. {remedy}"
+        )
     for name, recorded in record["settings"].items():
         if getattr(data_config, name) != recorded:
             raise ValueError(

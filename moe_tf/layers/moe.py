@@ -208,7 +208,8 @@ class SparseMoE(keras.layers.Layer):
     def call(self, inputs, mask=None, training=False):
         shape = ops.shape(inputs)
         inputs = ops.cast(inputs, self.compute_dtype)  # integers too
-        x_TD = ops.reshape(inputs, (-1, inputs.shape[-1]))
+        # The width that it was built for; a signature may leave it open.
+        x_TD = ops.reshape(inputs, (-1, self.experts.in_EDF.shape[1]))
         mask_T = None
         if mask is not None:
             _check_mask(mask, inputs)

@@ -129,7 +129,7 @@ class Router(keras.layers.Layer):
         """The `Routing` of some gates.
 
         Args:
-            gates: `gating.Gates`.
+            gates: `gating.Gates`; experts of another int dtype are cast.
             mask: optional bool `(T,)`, as `call` got it.
             load_E: optional float `(E,)`. Defaults to the number of tokens
                 that each expert receives.
@@ -137,6 +137,8 @@ class Router(keras.layers.Layer):
             **losses: float scalars by name. `load_loss` defaults to the
                 squared coefficient of variation of `load_E`, equation 11.
         """
+        weight_TK, expert_TK = gates
+        gates = gating.Gates(weight_TK, ops.cast(expert_TK, "int32"))
         gates = gating.masked(gates, self.num_experts, mask)
         importance_E = gating.importance(gates, self.num_experts)
         if load_E is None:

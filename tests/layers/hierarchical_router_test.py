@@ -180,6 +180,45 @@ def test_xla_gives_the_same(branching, k):
         np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_a_broken_token_shows_and_stays_alone(jit_compile):
+    layer = layer_with_weights((3, 4), 2)
+    others = np.arange(9) != 3
+
+    @tf.function(jit_compile=jit_compile)
+    def both_ways(x_TD):
+        evaluated_TD = layer(x_TD)
+        trained_TD = layer(x_TD, training=True)
+        return evaluated_TD, trained_TD, tf.stack(layer.losses)
+
+    want_TD, *_ = both_ways(tf.constant(tokens(9, 6)))
+    for bad in (np.nan, np.inf, -np.inf):
+        x_TD = tokens(9, 6)
+        x_TD[3, 2] = bad
+        evaluated_TD, trained_TD, losses = both_ways(tf.constant(x_TD))
+        for y_TD in (evaluated_TD.numpy(), trained_TD.numpy()):
+            assert np.isnan(y_TD[3]).all()
+            assert np.isfinite(y_TD[others]).all()
+        np.testing.assert_allclose(
+            evaluated_TD.numpy()[others], want_TD.numpy()[others], rtol=1e-9
+        )
+        assert np.isnan(losses).all()
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_equal_logits_are_settled_by_order(jit_compile):
+    # Groups 0 and 1, and in each experts 0 and 1: a quarter each.
+    layer = layer_with_weights((3, 4), 2)
+    for kernel in layer.router.trainable_variables:
+        kernel.assign(np.zeros(kernel.shape))
+    tf.function(layer, jit_compile=jit_compile)(tf.constant(tokens(6, 6)))
+    want_PQ = np.zeros((3, 4))
+    want_PQ[:2, :2] = 6
+    balance = layer.balance
+    np.testing.assert_array_equal(balance.assigned_E, want_PQ.ravel())
+    np.testing.assert_allclose(balance.importance_E, want_PQ.ravel() / 4)
+
+
 def test_starts_balanced():
     layer = moe.SparseMoE(64, 4, branching=(8, 8), seed=0)
     layer(tokens(4000, 5).astype("float32"), training=True)

@@ -154,6 +154,14 @@ def test_any_leading_shape(shape):
     np.testing.assert_allclose(got, want_TD.reshape(shape), rtol=1e-9)
 
 
+def test_a_signature_may_leave_the_width_open():
+    layer = layer_with_weights()
+    signature = [tf.TensorSpec((None, None, None), "float64")]
+    x_BLD = tokens(2, 3, 6)
+    got_BLD = tf.function(layer, input_signature=signature)(x_BLD)
+    np.testing.assert_allclose(got_BLD, layer(x_BLD), rtol=1e-9)
+
+
 def test_no_tokens_at_all():
     layer = layer_with_weights()
     assert layer(np.zeros((0, 6)), training=True).shape == (0, 6)

@@ -115,6 +115,27 @@ def test_the_example_of_the_docstring_runs():
     assert np.abs(y_TD[:7]).max(axis=1).all() and not np.any(y_TD[7:])
 
 
+class ArgmaxRouter(router.GateRouter):
+    """A user's own, with the int64 that `tf.argmax` gives."""
+
+    def call(self, inputs, mask=None, training=False):
+        logits_TE = self.logits(inputs)
+        expert_TK = tf.argmax(logits_TE, axis=-1)[:, None]
+        weight_TK = ops.ones_like(logits_TE[:, :1])
+        return self.routing(gating.Gates(weight_TK, expert_TK), mask)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("capacity_factor", [None, 3.0])
+def test_experts_of_int64_are_taken(capacity_factor, jit_compile):
+    layer = layer_of(ArgmaxRouter(4, 1), capacity_factor=capacity_factor)
+    train = compiled(layer, True, jit_compile)
+    train(tokens(9, 6))
+    logits_TE = tokens(9, 6) @ np.asarray(layer.router.gate_DE)
+    want_E = np.bincount(logits_TE.argmax(-1), minlength=4)
+    np.testing.assert_array_equal(layer.balance.assigned_E, want_E)
+
+
 def model_with(own_router):
     layer = moe.SparseMoE(3, 5, gating=own_router, name="moe")
     embedding = keras.layers.Embedding(9, 6, mask_zero=True)
