@@ -247,3 +247,22 @@ def test_wrong_settings_are_told_in_a_line(trained, flag, message):
     assert result.returncode == 1
     assert message in result.stderr.decode()
     assert "Traceback" not in result.stderr.decode()
+
+
+def test_table_9_shows_the_words_of_experts(trained):
+    trainer, workdir, _ = trained
+    told = trainer.succeed(
+        workdir, "--mode=experts", "--config.experts.experts=0,3"
+    )
+    text = "\n".join(told)
+    for expert in (0, 3):
+        assert f"encoder_1_moe, expert {expert}: " in text
+    words = {
+        word for row in small_text.sentences() for word in row["en"].split()
+    }
+    shown = [line.split("**")[1].strip() for line in told if "**" in line]
+    assert shown
+    known = " ".join(words) + " </s>"
+    assert all(piece.lower() in known for piece in shown)
+    page = (workdir / "experts.html").read_text()
+    assert "<b>" in page and "expert 3" in page
