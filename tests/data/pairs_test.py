@@ -107,7 +107,9 @@ def test_a_language_must_be_named_if_there_are_several(config, workdir):
 
 
 @pytest.mark.parametrize("names", ["en-de", "en-de,fr-en"])
-def test_long_pairs_are_left_out_of_training_alone(config, workdir, names):
+def test_long_pairs_are_left_out_of_training_alone(
+    config, workdir, names, caplog
+):
     config.pairs = names
     has_symbol = "," in names
     whole = pairs.prepare(config, f"{workdir}/whole")
@@ -129,6 +131,7 @@ def test_long_pairs_are_left_out_of_training_alone(config, workdir, names):
     assert found.pairs == fits.sum()
     assert found.skipped["too_many_pieces"] == 60 - fits.sum()
     assert found.longest == lengths[fits].max() + 1
+    assert f"{60 - fits.sum()} of 60 lines skipped as too_many" in caplog.text
     for split in ("validation", "test"):
         assert (
             prepared.statistics[split]["en-de"]
