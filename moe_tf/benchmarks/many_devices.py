@@ -40,6 +40,11 @@ _DEVICES = flags.DEFINE_list("devices", None, "Mesh sizes. Defaults to all.")
 _DEVICE_TYPE = flags.DEFINE_enum(
     "device_type", None, ["CPU", "GPU"], "Defaults to GPUs if there are any."
 )
+_REFERENCE = flags.DEFINE_bool(
+    "reference",
+    True,
+    "Whether `equality` trains on one device; else that lies in `--out`.",
+)
 _SECONDS = flags.DEFINE_float("seconds", 150, "Limit of a measurement.", 1)
 _TOTAL = flags.DEFINE_float("total", 480, "Limit of all, in seconds.", 1)
 
@@ -75,7 +80,8 @@ class Benchmark:
 
     def equality(self):
         steps = 20 if self._type == "GPU" else 3
-        for axes in [None, *self._square_meshes()]:
+        reference = [None] if _REFERENCE.value else []
+        for axes in [*reference, *self._square_meshes()]:
             yield self._job(
                 "mesh_text:compare",
                 axes,

@@ -165,10 +165,6 @@ class _Encoder:
         self.lengths = np.zeros(2, np.int64)
         self.longest = self.unknown = 0
 
-    @property
-    def num_pairs(self):
-        return self.report.lines - self.report.skipped[TOO_MANY_PIECES]
-
     def chunks(self):
         """Yields ids and lengths for `PairStore.write`."""
         rows = self.corpus.lines(self.pair, self.split, self.report)
@@ -205,17 +201,20 @@ class _Encoder:
 
     def statistics(self) -> PairStatistics:
         """What was found, once `chunks` has ended."""
-        self.report.log(f"{self.pair.name} {self.split}")
         skipped = self.report.skipped
-        if not self.num_pairs:
+        # Until all were read these counted as lines that can be used.
+        self.report.lines -= skipped[TOO_MANY_PIECES]
+        self.report.log(f"{self.pair.name} {self.split}")
+        num_pairs = self.report.lines
+        if not num_pairs:
             raise ValueError(
                 f"`data.max_pieces`={self.max_pieces} leaves no pair of "
                 f"{self.pair.name} to train on. Raise it. Skipped: {skipped}"
             )
-        source_pieces, target_pieces = map(int, self.lengths + self.num_pairs)
+        source_pieces, target_pieces = map(int, self.lengths + num_pairs)
         found = PairStatistics(
             sources=self.corpus.sizes(self.pair, self.split),
-            pairs=self.num_pairs,
+            pairs=num_pairs,
             source_pieces=source_pieces,
             target_pieces=target_pieces,
             unknown_pieces=self.unknown,

@@ -1,8 +1,11 @@
-"""Keeps a pass of DTensor off that corrupts training.
+"""How DTensor sums over devices: what it must not do, and what it should.
 
-The pass merges all-reduces and thereby moves the write of a variable past a
-later read in the same function: Adam applies the moments of the step before,
-and nothing fails.
+A pass that corrupts training is kept off: it merges all-reduces and thereby
+moves the write of a variable past a later read in the same function. Adam then
+applies the moments of the step before, and nothing fails.
+
+Sums of bfloat16 are made in float32: NCCL refuses bfloat16, and each addition
+would round to 8 bits.
 """
 
 import os
@@ -13,14 +16,22 @@ from tensorflow.experimental import dtensor
 from moe_tf.distribute import placement
 
 _MERGE = "DTENSOR_ENABLE_COMBINE_ALL_REDUCES_OPTIMIZATION"
+_IN_FLOAT32 = {
+    "DTENSOR_ENABLE_MIXED_PRECISION_REDUCE": "1",
+    "DTENSOR_REDUCE_IN_BFLOAT16_MAX_GROUP_SIZE": "0",
+}
 
 
-def keep_apart():
-    """Turns the pass off; DTensor asks once, before its first program.
+def prepare():
+    """Sets both in the environment, which DTensor reads once.
+
+    To be called before its first program.
 
     Raises:
-        RuntimeError: the environment turns it on.
+        RuntimeError: the environment turns the merging on.
     """
+    for name, value in _IN_FLOAT32.items():
+        os.environ.setdefault(name, value)
     if os.environ.setdefault(_MERGE, "0") != "0":
         raise RuntimeError(
             f"The environment has {_MERGE}={os.environ[_MERGE]}: with it "

@@ -11,13 +11,15 @@ class Collective(typing.NamedTuple):
     """One op of the program of one device.
 
     `kind` is `all-to-all`, `all-gather`, `all-reduce` or another, `shape`
-    that of what the op gives on one device, `name` says what it serves.
+    that of what the op gives on one device, `name` says what it serves,
+    `dtype` is the name of what is sent.
     """
 
     kind: str
     shape: tuple
     bytes: int
     name: str
+    dtype: str
 
 
 def of(function, *args):
@@ -48,5 +50,6 @@ def _read(node):
     }
     text = node.op + node.name
     kind = next((kinds[key] for key in kinds if key in text), node.op)
-    size = tf.dtypes.as_dtype(node.attr["T"].type).size
-    return Collective(kind, shape, size * math.prod(shape), node.name)
+    dtype = tf.dtypes.as_dtype(node.attr["T"].type)
+    size = dtype.size * math.prod(shape)
+    return Collective(kind, shape, size, node.name, dtype.name)

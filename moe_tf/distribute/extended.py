@@ -72,7 +72,7 @@ class MeshExtended(dtensor_strategy_extended.DTensorStrategyExtended):
         self._weights = []
 
     def _create_variable(self, next_creator, **kwargs):
-        all_reduces.keep_apart()
+        all_reduces.prepare()
         initial_value, name = kwargs["initial_value"], kwargs.get("name")
         path = variables.find_path(name, initial_value)
         kept = ("trainable", "aggregation", "synchronization")
@@ -88,7 +88,7 @@ class MeshExtended(dtensor_strategy_extended.DTensorStrategyExtended):
             rule, spec = self._find_spec(path, tuple(value.shape))
             layout = placement.layout(self._mesh, spec)
             if dtensor.is_dtensor(value):
-                value = dtensor.relayout(value, layout)
+                value = placement.relayout(value, layout)
             else:
                 value = placement.put(value, layout)
             variable = variables.MeshVariable(
@@ -138,7 +138,7 @@ class MeshExtended(dtensor_strategy_extended.DTensorStrategyExtended):
         return None  # Eager code in the scope runs on the host, as ever.
 
     def call_for_each_replica(self, fn, args=(), kwargs=None):
-        all_reduces.keep_apart()
+        all_reduces.prepare()
         strategy = self._container_strategy()
         with strategy.scope(), ReplicaContext(strategy):
             if tf.executing_eagerly():

@@ -40,7 +40,7 @@ def create(axes, device_type=None, devices=None):
     """
     axes = check_axes(axes)
     _refuse_other_strategies()
-    all_reduces.keep_apart()
+    all_reduces.prepare()
     size = math.prod(axes.values())
     if devices is not None:
         device_type = _check_devices(devices, size, axes)

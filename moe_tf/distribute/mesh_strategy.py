@@ -16,6 +16,7 @@ from moe_tf.distribute import layout_map as layout_maps
 from moe_tf.distribute import mesh as meshes
 from moe_tf.distribute import peers
 from moe_tf.distribute import placement
+from moe_tf.distribute import recurrence
 from moe_tf.distribute import report
 
 
@@ -63,6 +64,9 @@ class MeshStrategy(tf.distribute.Strategy):
     losses, metrics and predictions, which padding is not, and takes as much
     memory as on one device; a warning says so.
 
+    Keras's recurrent layers are unrolled, whatever their `unroll` says: a
+    program of 69 steps takes 15 s to make.
+
     **Several processes.** Started by `moe-tf-launch`, with `TF_CONFIG` or by
     SLURM (`cluster.resolve`), or after `cluster.start`, all run one program,
     and the mesh has the devices of all, in the order of the processes. Each
@@ -102,6 +106,7 @@ class MeshStrategy(tf.distribute.Strategy):
         self._checked = weakref.WeakSet()
         self._told = False
         keras_trainer.install()
+        recurrence.install()
 
     @property
     def num_processes(self):
@@ -128,7 +133,7 @@ class MeshStrategy(tf.distribute.Strategy):
     def constrain(self, tensor, *spec):
         """See `moe_tf.sharding.constrain`."""
         layout_maps.check_divides("a tensor", tensor.shape, spec, self.axes)
-        return dtensor.relayout(tensor, placement.layout(self.mesh, spec))
+        return placement.relayout(tensor, placement.layout(self.mesh, spec))
 
     def summary(self, model):
         """How the variables of `model` and its optimizer lie on the mesh.

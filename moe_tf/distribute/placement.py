@@ -19,6 +19,26 @@ def host():
     return tf.device(f"/job:{dtensor.full_job_name()}/device:CPU:0")
 
 
+def relayout(tensor, layout):
+    """`dtensor.relayout`, which also moves bfloat16 between GPUs.
+
+    TensorFlow's NCCL refuses it, so its bits travel as float16.
+    """
+    if tensor.dtype != tf.bfloat16:
+        return dtensor.relayout(tensor, layout)
+
+    def as_bits(move, tensor, where):
+        moved = move(tf.bitcast(tensor, tf.float16), where)
+        return tf.bitcast(moved, tf.bfloat16)
+
+    @tf.custom_gradient
+    def run(x):
+        y = as_bits(dtensor.relayout, x, layout)
+        return y, lambda dy: as_bits(dtensor.relayout_like, dy, x)
+
+    return run(tensor)
+
+
 def put(value, layout):
     """A DTensor of a value that this process holds whole.
 
@@ -74,7 +94,7 @@ def _get_across_processes(tensor, where):
         if axis == dtensor.UNSHARDED
     ]
     if size <= _PIECE_BYTES or not unsharded:
-        return dtensor.unpack(dtensor.relayout(tensor, whole))[0].numpy()
+        return dtensor.unpack(relayout(tensor, whole))[0].numpy()
     cut = max(unsharded, key=lambda dimension: tensor.shape[dimension])
     length = max(1, tensor.shape[cut] * _PIECE_BYTES // size)
     pieces = []
@@ -83,7 +103,7 @@ def _get_across_processes(tensor, where):
         extent = list(tensor.shape)
         extent[cut] = min(length, tensor.shape[cut] - start)
         piece = tf.slice(tensor, begin, extent)
-        pieces.append(dtensor.unpack(dtensor.relayout(piece, whole))[0].numpy())
+        pieces.append(dtensor.unpack(relayout(piece, whole))[0].numpy())
     return np.concatenate(pieces, axis=cut)
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 
-from tensorflow.experimental import dtensor
 from tensorflow.python.framework import op_callbacks
 
 from moe_tf.distribute import placement
@@ -45,4 +44,4 @@ def _replicate(output, op_type, mesh):
             f"mesh. Received: a draw of unknown rank by {op_type}"
         )
     spec = (None,) * output.shape.rank
-    return dtensor.relayout(output, placement.layout(mesh, spec))
+    return placement.relayout(output, placement.layout(mesh, spec))

@@ -7,6 +7,7 @@ from keras.src.backend.common import global_state
 from keras.src.backend.common.name_scope import current_path
 from tensorflow.experimental import dtensor
 
+from moe_tf import sharding
 from moe_tf.distribute import peers
 from moe_tf.distribute import placement
 
@@ -66,11 +67,13 @@ class MeshVariable(dtensor.DVariable):
     def _laid_out(self, value):
         if not tf.executing_eagerly():
             value = tf.convert_to_tensor(value, dtype=self.dtype)
-            return dtensor.relayout(value, self.layout)
+            if sharding.axes() is None:  # Traced to be exported.
+                return value
+            return placement.relayout(value, self.layout)
         with placement.host():
             value = tf.convert_to_tensor(value, dtype=self.dtype)
         if dtensor.is_dtensor(value):
-            return dtensor.relayout(value, self.layout)
+            return placement.relayout(value, self.layout)
         return placement.put(tf.broadcast_to(value, self.shape), self.layout)
 
 

@@ -1,0 +1,34 @@
+"""Keras's recurrent layers on a mesh."""
+
+import functools
+
+from keras import layers
+
+from moe_tf import sharding
+
+
+def install():
+    """Makes recurrent layers unroll on a mesh; the second call does nothing.
+
+    Their loops keep outputs in TensorLists, and cuDNN's op is another: DTensor
+    can lay out neither, and a loop ends the process with a segmentation fault.
+    """
+    if hasattr(layers.RNN, "_unrolls_on_mesh"):
+        return
+    layers.RNN._unrolls_on_mesh = True
+    for kind in (layers.RNN, layers.LSTM, layers.GRU):
+        kind.inner_loop = _unrolled(kind.inner_loop)
+
+
+def _unrolled(inner_loop):
+    @functools.wraps(inner_loop)
+    def run(self, *args, **kwargs):
+        if self.unroll or sharding.axes() is None:
+            return inner_loop(self, *args, **kwargs)
+        self.unroll = True
+        try:
+            return inner_loop(self, *args, **kwargs)
+        finally:
+            self.unroll = False
+
+    return run
