@@ -7,10 +7,8 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-_CHUNK_BYTES = 64 * 2**20
 
-
-def full_nll(features_TD, kernel_VD, targets_T, chunk_bytes=_CHUNK_BYTES):
+def full_nll(features_TD, kernel_VD, targets_T, chunk_bytes):
     """Negative log-likelihood of the targets: see `log_sum_and_target`."""
     log_sum_T, target_T = log_sum_and_target(
         features_TD, kernel_VD, targets_T, chunk_bytes
@@ -18,9 +16,7 @@ def full_nll(features_TD, kernel_VD, targets_T, chunk_bytes=_CHUNK_BYTES):
     return log_sum_T - target_T
 
 
-def log_sum_and_target(
-    features_TD, kernel_VD, targets_T, chunk_bytes=_CHUNK_BYTES
-):
+def log_sum_and_target(features_TD, kernel_VD, targets_T, chunk_bytes):
     """Log-partition of every token's logits, and its target's logit.
 
     At most about `chunk_bytes` of logits exist at a time, in the gradient

@@ -3,8 +3,13 @@
 from keras import ops
 
 from moe_tf import sharding
+from moe_tf import xla
 from moe_tf.layers import token_chunks
 from moe_tf.layers import vocabulary_chunks
+
+_CHUNK_BYTES = 64 * 2**20
+# Each chunk costs launches, and memory is plenty.
+_GPU_CHUNK_BYTES = 512 * 2**20
 
 
 def logits(features, kernel_VD, dtype):
@@ -29,7 +34,8 @@ def logits(features, kernel_VD, dtype):
 def log_sum_and_target(features_TD, kernel_VD, targets_T):
     """Log-partition of every token's logits, and its target's logit.
 
-    Logits are computed 64 MiB at a time and again in the gradient.
+    Logits are computed 64 MiB at a time, on a GPU 512, and again in the
+    gradient.
 
     Args:
         features_TD: float.
@@ -39,9 +45,14 @@ def log_sum_and_target(features_TD, kernel_VD, targets_T):
     Returns:
         Two of float32 `(T,)`; float64 for float64 features.
     """
-    on_mesh = sharding.axes() is not None
-    chunks = vocabulary_chunks if on_mesh else token_chunks
-    return chunks.log_sum_and_target(features_TD, kernel_VD, targets_T)
+    if sharding.axes() is not None:
+        return vocabulary_chunks.log_sum_and_target(
+            features_TD, kernel_VD, targets_T
+        )
+    chunk_bytes = _GPU_CHUNK_BYTES if xla.on_gpu(kernel_VD) else _CHUNK_BYTES
+    return token_chunks.log_sum_and_target(
+        features_TD, kernel_VD, targets_T, chunk_bytes
+    )
 
 
 def full_nll(features_TD, kernel_VD, targets_T):

@@ -11,6 +11,7 @@ import tensorflow as tf
 from moe_tf import checks
 from moe_tf import schedules
 from moe_tf import translation_scores
+from moe_tf import xla
 from moe_tf.data import pair_batching
 from moe_tf.data import pairs
 from moe_tf.distribute import MeshStrategy
@@ -18,6 +19,7 @@ from moe_tf.models import translation
 from moe_tf.models import translation_variants as variants
 from moe_tf.models import translator
 from moe_tf.models.translation_scorer import TranslationScorer
+from moe_tf.training import compiled_updates
 from moe_tf.training import fields
 from moe_tf.training import meshes
 from moe_tf.training import translating
@@ -146,7 +148,11 @@ class TranslationTask:
                 beta_2=train.beta_2,
                 global_clipnorm=train.clip_norm,
             )
-            optimizer.build(scorer.trainable_variables)
+            weights = scorer.trainable_variables
+            optimizer.build(weights)
+            alone = self.strategy is None and not train.jit_compile
+            if alone and xla.on_gpu(weights[0]):
+                compiled_updates.compile_updates(optimizer)
             scorer.compile_for_words(optimizer, jit_compile=train.jit_compile)
         return scorer
 
