@@ -9,12 +9,16 @@ import pytest
 import configs
 from moe_tf.training import loop
 from moe_tf.training.language_model_task import LanguageModelTask
+from moe_tf.training.translation_task import TranslationTask
+from tests import small_text
 
 NAMES = sorted(
     path.stem
     for path in pathlib.Path(configs.__file__).parent.glob("*.py")
     if path.stem != "__init__"
 )
+LANGUAGE_MODELS = [name for name in NAMES if name.startswith("lm")]
+TRANSLATION = [name for name in NAMES if name.startswith("mt")]
 FAMILY = (
     "4xLSTM-512",
     "LSTM-2048-512",
@@ -24,6 +28,19 @@ FAMILY = (
     "MoE-32",
     "MoE-256",
 )
+TRANSLATION_FAMILY = (
+    "Transformer",
+    "Transformer-MoE-8",
+    "GNMT",
+    "GNMT-wide",
+    "GNMT-MoE-32",
+    "GNMT-MoE-2048-h",
+    "GNMT-multi-512",
+)
+
+
+def test_every_config_is_of_a_trainer():
+    assert sorted(LANGUAGE_MODELS + TRANSLATION) == NAMES
 
 
 def config_of(name, *arg):
@@ -45,7 +62,7 @@ def write_benchmark(folder):
 
 
 @pytest.mark.parametrize("arg", [(), *((name,) for name in FAMILY)])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_builds_and_fits_the_task(name, arg):
     config = config_of(name, *arg)
     task = LanguageModelTask(config)
@@ -53,7 +70,7 @@ def test_builds_and_fits_the_task(name, arg):
         assert task.variant().name == arg[0]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_tiny_form_trains_two_steps(name, tmp_path, capsys):
     config = config_of(name, "tiny")
     if config.data.corpus == "lm1b":
@@ -66,3 +83,32 @@ def test_tiny_form_trains_two_steps(name, tmp_path, capsys):
     assert "step 2/2" in told
     assert "test perplexity" in told
     assert told.count("sample: ") == config.sample.num_sentences
+
+
+@pytest.mark.parametrize("name", TRANSLATION)
+def test_builds_and_fits_the_translation_task(name):
+    args = [()]
+    if name != "mt_libreoffice":
+        args += [(variant,) for variant in TRANSLATION_FAMILY]
+    else:
+        args += [("dense",)]
+    for arg in args:
+        config = config_of(name, *arg)
+        told = TranslationTask(config).describe()
+        assert told.startswith(config.model.variant)
+
+
+@pytest.mark.parametrize("name", TRANSLATION)
+def test_tiny_form_of_translation_trains_two_steps(name, tmp_path, capsys):
+    config = config_of(name, "tiny")
+    config.data.update(small_text.write(tmp_path))
+    keras.utils.set_random_seed(config.seed)
+    task = TranslationTask(config)
+    loop.train(task, config, str(tmp_path / "run"))
+    told = capsys.readouterr().out
+    assert "step 2/2" in told
+    for pair in config.data.pairs.split(","):
+        assert f"test {pair}: perplexity" in told
+        assert f"test {pair}: BLEU" in told
+    shown = config.translate.shown * len(config.data.pairs.split(","))
+    assert told.count("translation: ") == shown
