@@ -20,6 +20,19 @@ def expert_axis(axes):
     return "expert" if "expert" in axes else "batch"
 
 
+def nearest_sizes(number, size):
+    """Divisors of `number` next to `size`, which is none: text of one or two.
+
+    Args:
+        number: int, of what an axis is to share.
+        size: int, of the axis.
+    """
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    below = [n for n in divisors if n < size][-1:]
+    above = [n for n in divisors if n > size][:1]
+    return " or ".join(map(str, below + above))
+
+
 def constrain(tensor, *spec):
     """`tensor`, laid out on the mesh in scope as `spec` says.
 

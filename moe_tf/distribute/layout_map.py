@@ -109,7 +109,7 @@ def check_divides(name, shape, spec, axes):
 
     Raises:
         ValueError: the ranks differ, an axis does not exist, or its size does
-            not divide the dimension; with the nearest sizes that it divides.
+            not divide the dimension; with the nearest that would.
     """
     shape = tuple(shape)
     if len(spec) != len(shape):
@@ -132,7 +132,9 @@ def check_divides(name, shape, spec, axes):
             raise ValueError(
                 f"Dimension {dimension} of {name} is sharded over the axis "
                 f"`{axis}`, whose size {size} must divide it. Nearest lengths "
-                f"that fit: {nearest}. Received: {length}, shape={shape}"
+                f"that fit: {nearest}; nearest sizes of the axis: "
+                f"{sharding.nearest_sizes(length, size)}. "
+                f"Received: {length}, shape={shape}"
             )
 
 

@@ -84,7 +84,8 @@ def _check_divides(name, size, of, number):
         below, above = number // size * size, -(-number // size) * size
         nearest = " or ".join(str(n) for n in (below, above) if n)
         raise ValueError(
-            f"`{name}` must divide the number of {of}; {nearest} would do. "
+            f"`{name}` must divide the number of {of}; {nearest} would do, or "
+            f"{name}={sharding.nearest_sizes(number, size)}. "
             f"Received: {name}={size}, {of}={number}"
         )
 

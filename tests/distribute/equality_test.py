@@ -117,7 +117,7 @@ def train_on(meshes, policies, experts=4):
 
 @functools.cache
 def runs():
-    return process.run(train_on, MESHES, tuple(DTYPES))
+    return process.run(train_on, MESHES, tuple(DTYPES), timeout=900)
 
 
 def differences(one, mesh):

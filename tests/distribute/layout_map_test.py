@@ -56,8 +56,12 @@ def test_default(axes, axis):
 @pytest.mark.parametrize(
     "shape,spec,message",
     [
-        ((6, 2), ("batch", None), r"fit: 4 or 8\. Received: 6"),
-        ((3, 2), ("batch", None), r"fit: 4\. Received: 3"),
+        (
+            (6, 2),
+            ("batch", None),
+            r"fit: 4 or 8; .* axis: 3 or 6\. Received: 6",
+        ),
+        ((3, 2), ("batch", None), r"fit: 4; .* axis: 3\. Received: 3"),
         ((2, 6), (None, "batch"), r"Dimension 1 of w .* `batch`"),
         ((8,), ("batch", None), "one entry for each of its 1 dim"),
         ((8,), ("model",), "names an axis that the mesh does not"),

@@ -89,3 +89,6 @@ def test_a_killed_run_of_two_processes_goes_on_in_one(tmp_path):
     assert len(rows) in (6, 7)
     for want, got in zip(history(whole)[-3:], rows[-3:], strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
+    # Process 0, and the one that went on; process 1 has written nothing.
+    writers = {path.name.split(".")[-3] for path in cut.rglob("events.*")}
+    assert len(writers) == 2

@@ -43,7 +43,8 @@ def test_axes(batch, expert, axes):
         ({"mesh.batch": 3}, "`mesh.batch` must divide.*data.rows_multiple"),
         (
             {"mesh.batch": 4, "data.rows_multiple": 6},
-            "4 or 8 would do.*mesh.batch=4, data.rows_multiple=6",
+            "4 or 8 would do, or mesh.batch=3 or 6..*mesh.batch=4, "
+            "data.rows_multiple=6",
         ),
         (
             {"mesh.batch": 4, "model.num_groups": 2},
