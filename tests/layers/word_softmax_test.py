@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from moe_tf.layers import whole_softmax
 from moe_tf.layers.word_softmax import WordSoftmax
 from tests import keras_contract
 
@@ -35,6 +36,13 @@ def make(dtype):
     return layer
 
 
+@pytest.fixture(params=[0, 2**20])
+def kept_bytes(request, monkeypatch):
+    """Both ways to the losses, whatever their size."""
+    monkeypatch.setattr(whole_softmax, "KEPT_BYTES", request.param)
+
+
+@pytest.mark.usefixtures("kept_bytes")
 @pytest.mark.parametrize(
     "dtype,tolerance", [("float64", 1e-10), ("mixed_bfloat16", 0.05)]
 )
@@ -53,6 +61,7 @@ def test_losses_match_numpy(dtype, tolerance):
     assert got.dtype == nll.dtype
 
 
+@pytest.mark.usefixtures("kept_bytes")
 def test_gradients_of_both_losses_are_those_of_whole_logits():
     layer, x_BLD = make("float64"), tf.Variable(draw(B, L, D))
     upstreams = draw(2, B, L, seed=3)

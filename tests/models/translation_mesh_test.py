@@ -11,7 +11,7 @@ from moe_tf.distribute import MeshStrategy
 from moe_tf.models import translation
 from tests.distribute import process
 
-VOCABULARY, STEPS = 20, 3
+VOCABULARY, STEPS = 20, 2
 CASES = {
     "GNMT-MoE-4": {"bidirectional": True, "cells": 12, "encoder_layers": 2},
     "Transformer-MoE-4": {
