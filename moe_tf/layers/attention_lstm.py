@@ -112,13 +112,14 @@ class AttentionLSTM(keras.layers.Layer):
 
         def advance(z_BG, r_BP, c_BH):
             context_BLD, weight_BLS = self.attention(
-                r_BP[:, None], values_BSD, key_BSA, bias_BS
+                ops.expand_dims(r_BP, 1), values_BSD, key_BSA, bias_BS
             )
-            both_BX = ops.concatenate([context_BLD[:, 0], r_BP], axis=-1)
-            h_BH, c_BH = projected_lstm.gates(
-                z_BG + ops.matmul(both_BX, both_XG), c_BH
-            )
-            return ops.matmul(h_BH, projection_HP), c_BH, weight_BLS[:, 0]
+            context_BD = ops.squeeze(context_BLD, 1)
+            both_BX = ops.concatenate([context_BD, r_BP], axis=-1)
+            z_BG += ops.matmul(both_BX, both_XG)
+            h_BH, c_BH = projected_lstm.gates(_rows(z_BG), c_BH)
+            weight_BS = ops.squeeze(weight_BLS, 1)
+            return ops.matmul(h_BH, projection_HP), c_BH, weight_BS
 
         return advance
 
@@ -154,14 +155,15 @@ def _loop(advance, z_LBG, states):
 
 def _unrolled(advance, z_LBG, states):
     """The same on a mesh, whose devices share the sequences."""
-    r_BP, c_BH = (sharding.constrain(state, "batch", None) for state in states)
+    r_BP, c_BH = map(_rows, states)
     outputs = []
     for z_BG in tf.unstack(sharding.constrain(z_LBG, None, "batch", None)):
-        r_BP, c_BH, _ = advance(
-            sharding.constrain(z_BG, "batch", None), r_BP, c_BH
-        )
-        r_BP, c_BH = (
-            sharding.constrain(state, "batch", None) for state in (r_BP, c_BH)
-        )
+        r_BP, c_BH, _ = advance(_rows(z_BG), r_BP, c_BH)
+        r_BP, c_BH = _rows(r_BP), _rows(c_BH)
         outputs.append(r_BP)
     return tf.stack(outputs)
+
+
+def _rows(x_BD):
+    """`x_BD`, its rows shared by the devices of a mesh; itself off one."""
+    return sharding.constrain(x_BD, "batch", None)

@@ -16,8 +16,8 @@ class WordSoftmax(keras.layers.Layer):
 
     `losses` has what label smoothing needs at the cost of one vector: the
     mean over classes of `-log p` is `log sum_c exp(x W_c) - x mean_c(W_c)`.
-    Logits are computed in chunks there and never stand whole; see
-    `token_chunks`.
+    Logits of more than 256 MiB are computed in chunks there and never stand
+    whole; see `token_chunks`.
 
     Under a mixed dtype policy the products are in the compute dtype; logits,
     sums and losses are float32.
@@ -84,15 +84,14 @@ class WordSoftmax(keras.layers.Layer):
         x_TD = ops.reshape(features, (-1, features.shape[-1]))
         x_TD = ops.cast(x_TD, self.compute_dtype)
         targets_T = ops.reshape(ops.cast(targets, "int32"), (-1,))
-        log_sum_T, target_T = whole_softmax.log_sum_and_target(
+        nll_T, target_T = whole_softmax.nll_and_target(
             x_TD, self.kernel_VD, targets_T
         )
         mean_D = ops.cast(ops.mean(self.kernel_VD, axis=0), wide)
         mean_T = ops.einsum("TD,D->T", ops.cast(x_TD, wide), mean_D)
-        return tuple(
-            ops.reshape(log_sum_T - logit_T, ops.shape(targets))
-            for logit_T in (target_T, mean_T)
-        )
+        shape = ops.shape(targets)
+        uniform_T = nll_T + target_T - mean_T
+        return ops.reshape(nll_T, shape), ops.reshape(uniform_T, shape)
 
     def compute_output_shape(self, input_shape):
         return (*input_shape[:-1], self.vocabulary_size)

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from moe_tf.layers import whole_softmax
 from moe_tf.layers.word_softmax import WordSoftmax
 from tests import keras_contract
 
@@ -35,6 +36,13 @@ def make(dtype):
     return layer
 
 
+@pytest.fixture(params=[0, 2**20])
+def kept_bytes(request, monkeypatch):
+    """Both ways to the losses, whatever their size."""
+    monkeypatch.setattr(whole_softmax, "KEPT_BYTES", request.param)
+
+
+@pytest.mark.usefixtures("kept_bytes")
 @pytest.mark.parametrize(
     "dtype,tolerance", [("float64", 1e-10), ("mixed_bfloat16", 0.05)]
 )
@@ -53,6 +61,7 @@ def test_losses_match_numpy(dtype, tolerance):
     assert got.dtype == nll.dtype
 
 
+@pytest.mark.usefixtures("kept_bytes")
 def test_gradients_of_both_losses_are_those_of_whole_logits():
     layer, x_BLD = make("float64"), tf.Variable(draw(B, L, D))
     upstreams = draw(2, B, L, seed=3)
@@ -87,3 +96,34 @@ def test_embeds_rows_of_its_table():
 def test_a_vocabulary_of_nothing_is_refused():
     with pytest.raises(ValueError, match="vocabulary_size=0"):
         WordSoftmax(0)
+
+
+@pytest.mark.usefixtures("kept_bytes")
+def test_sizes_that_a_program_does_not_know_change_nothing():
+    layer = make("float32")
+    x_BLD, targets_BL = tf.constant(draw(B, L, D), tf.float32), targets()
+
+    def losses_and_gradient(x_BLD, targets_BL):
+        with tf.GradientTape() as tape:
+            tape.watch(x_BLD)
+            nll_BL, uniform_BL = layer.losses_per_word(x_BLD, targets_BL)
+            total = tf.reduce_sum(nll_BL**2 + 0.1 * uniform_BL)
+        sources = [x_BLD, layer.kernel_VD.value]
+        return nll_BL, uniform_BL, *tape.gradient(total, sources)
+
+    dynamic = tf.function(
+        losses_and_gradient,
+        input_signature=[
+            tf.TensorSpec((None, None, D), tf.float32),
+            tf.TensorSpec((None, None), tf.int64),
+        ],
+    )
+    want = losses_and_gradient(x_BLD, tf.constant(targets_BL))
+    got = dynamic(x_BLD, targets_BL)
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(
+            tf.convert_to_tensor(one),
+            tf.convert_to_tensor(other),
+            rtol=1e-5,
+            atol=1e-6,
+        )
