@@ -8,6 +8,7 @@ from moe_tf.layers.batchwise_router import BatchwiseRouter as BatchwiseRouter
 from moe_tf.layers.batchwise_router import (
     ExpertChoiceRouter as ExpertChoiceRouter,
 )
+from moe_tf.layers.clipping import clipped_evaluation as clipped_evaluation
 from moe_tf.layers.experts import Experts as Experts
 from moe_tf.layers.feed_forward import FeedForward as FeedForward
 from moe_tf.layers.gate_recording import recorded_gates as recorded_gates
@@ -15,7 +16,6 @@ from moe_tf.layers.hierarchical_router import (
     HierarchicalRouter as HierarchicalRouter,
 )
 from moe_tf.layers.moe import SparseMoE as SparseMoE
-from moe_tf.layers.moe import clipped_evaluation as clipped_evaluation
 from moe_tf.layers.multi_head_attention import CrossAttention as CrossAttention
 from moe_tf.layers.multi_head_attention import SelfAttention as SelfAttention
 from moe_tf.layers.noisy_top_k_router import NoisyTopKRouter as NoisyTopKRouter

@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 
 from moe_tf.board.training import TrainingBoard
-from moe_tf.layers import moe
+from moe_tf.layers import clipped_evaluation
 from moe_tf.training import callbacks
 from moe_tf.training import checkpoints
 from moe_tf.training import variables
@@ -56,7 +56,7 @@ def evaluate(task: Task, config, workdir, name="best"):
         tell(
             task, f"With tokens dropped beyond model.capacity_factor={factor}:"
         )
-        with moe.clipped_evaluation(scorer):
+        with clipped_evaluation(scorer):
             _evaluate(task, prepared, scorer, splits)
 
 
