@@ -38,7 +38,14 @@ def describe(variant, config):
     ]
     axes = meshes.axes(config)
     if axes is not None:
-        rows += _mesh_rows(variant, counts, config, axes)
+        rows += mesh_rows(
+            variant,
+            variants.kernel_shapes(variant, size),
+            counts.ops_per_timestep,
+            config.data.batch_words,
+            wire.sent_for_gradients(variant, config, axes),
+            config,
+        )
     return table(rows)
 
 
@@ -90,8 +97,22 @@ def _expert_rows(layer, config, batch_tokens):
     ]  # fmt: skip
 
 
-def _mesh_rows(variant, counts, config, axes):
-    kernels = wire.kernels(variant, config.data.vocabulary_size, axes)
+def mesh_rows(
+    variant, shapes, operations, batch_tokens, gradient_bytes, config
+):
+    """What each device of the config's mesh holds and sends.
+
+    Args:
+        variant: has `width` and `layers`.
+        shapes: of all its kernels.
+        operations: int, of a word, without or with the softmax.
+        batch_tokens: int, tokens that a layer of experts sees in a batch.
+        gradient_bytes: int, sent by a device to sum gradients.
+        config: the run's config.
+    """
+    axes = meshes.axes(config)
+    mixtures = wire.mixtures(variant.layers)
+    kernels = wire.kernels(shapes, mixtures, variant.width, axes)
     held = sum(wire.per_device(*kernel, axes) for kernel in kernels)
     state = _STATE_OF_KERNEL[config.train.optimizer]
     slots = sum(
@@ -116,27 +137,28 @@ def _mesh_rows(variant, counts, config, axes):
                          f"by {layout[0]}, {_bytes(size)} each"))  # fmt: skip
     rows.append(("    all other kernels", "whole on each device"))
     if "expert" in axes:
-        rows.append(_repeated_row(variant, counts, axes["expert"]))
+        rows.append(_repeated_row(variant, mixtures, operations, axes))
     rows.append(("sent by each device in a step, at most", ""))
-    for layer in wire.mixtures(variant):
-        size = wire.sent_for_tokens(layer, variant.width, config, axes)
+    for layer in mixtures:
+        size = wire.sent_for_tokens(
+            layer, variant.width, batch_tokens, config, axes
+        )
         how = "two gathers of answers" if "expert" in axes else "4 all-to-alls"
         rows.append(("  for the words of a layer of experts",
                      f"{_bytes(size)}, {how}"))  # fmt: skip
-    size = wire.sent_for_gradients(variant, config, axes)
-    rows.append(("  to sum gradients", _bytes(size)))
+    rows.append(("  to sum gradients", _bytes(gradient_bytes)))
     return rows
 
 
-def _repeated_row(variant, counts, size):
+def _repeated_row(variant, mixtures, operations, axes):
     experts = sum(
         layer.experts_per_word * 2 * variant.width * layer.hidden_units
-        for layer in wire.mixtures(variant)
+        for layer in mixtures
     )
-    dense = 1 - experts / counts.ops_per_timestep
-    return (f"  repeated by {size} devices along expert",
-            f"all but experts: {dense:.0%} of a word's operations above, and "
-            "the softmax")  # fmt: skip
+    dense = 1 - experts / operations
+    return (f"  repeated by {axes['expert']} devices along expert",
+            f"all but experts: {dense:.0%} of the operations above, and the "
+            "softmax")  # fmt: skip
 
 
 def _text(axes):

@@ -3,6 +3,8 @@
 from moe_tf.data import pair_plan
 from moe_tf.models import translation_variants as variants
 from moe_tf.training import dry_run
+from moe_tf.training import meshes
+from moe_tf.training import wire
 
 
 def describe(variant, config):
@@ -12,22 +14,22 @@ def describe(variant, config):
     lengths = sorted(
         {pair_plan.padded_length(n + 1) for n in range(config.data.max_pieces)}
     )
-    return dry_run.table(
-        [
-            (f"{variant.name}, width {variant.width}", ""),
-            ("parameters", f"{counts.parameters:,}"),
-            (
-                "operations per timestep (multiply-adds)",
-                f"{counts.ops_per_timestep:,}",
-            ),
-            *dry_run.weight_rows(variants.kernel_shapes(variant, size), config),
-            (
-                "wordpieces a batch and side, padded",
-                f"{config.data.batch_tokens:,}",
-            ),
-            dry_run.padded_row(lengths),
-            *dry_run.expert_rows(
-                variant.layers, config, config.data.batch_tokens
-            ),
-        ]
-    )
+    shapes = variants.kernel_shapes(variant, size)
+    tokens = config.data.batch_tokens
+    operations = counts.ops_per_timestep
+    rows = [
+        (f"{variant.name}, width {variant.width}", ""),
+        ("parameters", f"{counts.parameters:,}"),
+        ("operations per timestep (multiply-adds)", f"{operations:,}"),
+        *dry_run.weight_rows(shapes, config),
+        ("wordpieces a batch and side, padded", f"{tokens:,}"),
+        dry_run.padded_row(lengths),
+        *dry_run.expert_rows(variant.layers, config, tokens),
+    ]
+    axes = meshes.axes(config)
+    if axes is not None:
+        sent = wire.sent_for_translation_gradients(variant, config, axes)
+        rows += dry_run.mesh_rows(
+            variant, shapes, operations, tokens, sent, config
+        )
+    return dry_run.table(rows)

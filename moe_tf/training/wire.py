@@ -9,17 +9,20 @@ import math
 from moe_tf import plans
 from moe_tf import sharding
 from moe_tf.distribute import layout_map
-from moe_tf.models import language_model_variants as variants
+from moe_tf.models import language_model_variants
+from moe_tf.models import translation_variants
+from moe_tf.models.layer_descriptions import Experts
 
 _BYTES = 4  # weights, gradients and, but under 16-bit policies, activations
 
 
-def kernels(variant, vocabulary_size, axes):
+def kernels(shapes, mixtures, width, axes):
     """The kernels of a model on a mesh.
 
     Args:
-        variant: `language_model_variants.Variant`
-        vocabulary_size: int
+        shapes: those of all kernels.
+        mixtures: the model's layers of experts, as data.
+        width: int, of the model.
         axes: dict from name to size.
 
     Returns:
@@ -27,11 +30,11 @@ def kernels(variant, vocabulary_size, axes):
     """
     expert = layout_map.default(axes).match("experts/expert_in_kernel")[1]
     found = []
-    for shape in variants.kernel_shapes(variant, vocabulary_size):
+    for shape in shapes:
         is_expert = any(
             shape[0] == layer.num_experts
-            and sorted(shape[1:]) == sorted((variant.width, layer.hidden_units))
-            for layer in mixtures(variant)
+            and sorted(shape[1:]) == sorted((width, layer.hidden_units))
+            for layer in mixtures
             if len(shape) == 3
         )
         found.append((shape, expert if is_expert else (None,) * len(shape)))
@@ -43,14 +46,12 @@ def per_device(shape, layout, axes):
     return math.prod(shape) // math.prod(axes[axis] for axis in layout if axis)
 
 
-def mixtures(variant):
-    """The layers of a model that have experts."""
-    return [
-        layer for layer in variant.layers if isinstance(layer, variants.Experts)
-    ]
+def mixtures(layers):
+    """Those of a model's layers that have experts."""
+    return [layer for layer in layers if isinstance(layer, Experts)]
 
 
-def sent_for_tokens(layer, width, config, axes):
+def sent_for_tokens(layer, width, batch_tokens, config, axes):
     """Bytes that a device sends for the tokens of one layer in a step.
 
     On one axis these are four all-to-alls, two of them backward, of the slots
@@ -60,7 +61,7 @@ def sent_for_tokens(layer, width, config, axes):
     """
     batch, size = axes["batch"], axes[sharding.expert_axis(axes)]
     groups = config.model.num_groups or batch
-    tokens = config.data.batch_words // groups
+    tokens = batch_tokens // groups
     slots = tokens  # an expert may be chosen by all
     if config.model.capacity_factor is not None:
         slots = plans.capacity(
@@ -74,26 +75,50 @@ def sent_for_tokens(layer, width, config, axes):
 
 
 def sent_for_gradients(variant, config, axes):
-    """Bytes that a device sends to sum the gradients of a step.
+    """Bytes that a device sends to sum a language model's gradients.
 
     Those of embedding and sampled softmax are gathered as rows of words; the
-    drawn rows, the whole softmax and all other kernels are reduced, experts'
-    over `batch` if they have an axis of their own, else not at all.
+    drawn rows, the whole softmax and all other kernels are reduced.
     """
-    size, width = axes["batch"], variant.width
-    embedding, *others = kernels(variant, config.data.vocabulary_size, axes)
-    softmax, *others = others
-    reduced = sum(
-        per_device(shape, layout, axes)
-        for shape, layout in others
-        if "batch" not in layout
+    width, vocabulary_size = variant.width, config.data.vocabulary_size
+    _, softmax, *others = language_model_variants.kernel_shapes(
+        variant, vocabulary_size
     )
     words = config.data.batch_words * width
     sampled = config.model.num_sampled
-    if sampled is None or sampled >= config.data.vocabulary_size:
-        reduced += math.prod(softmax[0])
-        gathered = words
+    if sampled is None or sampled >= vocabulary_size:
+        others, drawn, gathered = [softmax, *others], 0, words
     else:
-        reduced += sampled * width
-        gathered = 2 * words
+        drawn, gathered = sampled * width, 2 * words
+    found = kernels(others, mixtures(variant.layers), width, axes)
+    return _sent(_reduced(found, axes) + drawn, gathered, axes)
+
+
+def sent_for_translation_gradients(variant, config, axes):
+    """The same of a translation model.
+
+    Gradients of both sides' embeddings are gathered as rows of wordpieces.
+    """
+    width = variant.width
+    shapes = translation_variants.kernel_shapes(
+        variant, config.data.vocabulary_size
+    )
+    if not variant.tie_embeddings:
+        shapes = shapes[2:]  # without source and target embedding
+    found = kernels(shapes, mixtures(variant.layers), width, axes)
+    gathered = 2 * config.data.batch_tokens * width
+    return _sent(_reduced(found, axes), gathered, axes)
+
+
+def _reduced(kernels, axes):
+    """Numbers that are summed over `batch`, those of its experts not."""
+    return sum(
+        per_device(shape, layout, axes)
+        for shape, layout in kernels
+        if "batch" not in layout
+    )
+
+
+def _sent(reduced, gathered, axes):
+    size = axes["batch"]
     return (2 * reduced + gathered) * _BYTES * (size - 1) // size

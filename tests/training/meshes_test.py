@@ -164,8 +164,10 @@ def what_a_step_sends(workdir):
         ops = collectives.of(scorer.train_on_batch, inputs, targets, weights)
         axes, variant = meshes.axes(config), task.variant()
         told = wire.sent_for_gradients(variant, config, axes) + sum(
-            wire.sent_for_tokens(layer, variant.width, config, axes)
-            for layer in wire.mixtures(variant)
+            wire.sent_for_tokens(
+                layer, variant.width, config.data.batch_words, config, axes
+            )
+            for layer in wire.mixtures(variant.layers)
         )
         found[name] = ops, told
     return found
