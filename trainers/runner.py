@@ -38,6 +38,8 @@ def run(make_task, modes):
             its config and the workdir.
     """
     mode = flags.DEFINE_enum("mode", "train", list(modes), "What to do.")
+    for name in ("config", "workdir", "mode"):  # what `--help` shows
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
     def main(argv):
         if len(argv) > 1:

@@ -16,6 +16,10 @@ _BATCHES_AHEAD = 16
 
 TOO_LONG = lines.TOO_LONG
 
+# No wordpiece is so long on average: a line of more need not be cut up to
+# know that it is too long.
+_MOST_BYTES_A_PIECE = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class Translation:
@@ -75,7 +79,7 @@ def translate_lines(
     while chunk := list(
         itertools.islice(raw_lines, batch_size * _BATCHES_AHEAD)
     ):
-        reasons = [lines.why_unusable(raw, lines.LONGEST_LINE) for raw in chunk]
+        reasons = [_why_unusable(raw, max_pieces) for raw in chunk]
         usable = [i for i, reason in enumerate(reasons) if reason is None]
         if usable:
             texts = [chunk[i].strip() for i in usable]
@@ -91,6 +95,12 @@ def translate_lines(
             found = dict(_in_batches(translator, fit, batch_size))
         for i, reason in enumerate(reasons):
             yield Translated([], reason) if reason else Translated(found[i])
+
+
+def _why_unusable(raw, max_pieces):
+    if raw is not None and len(raw) > max_pieces * _MOST_BYTES_A_PIECE:
+        return TOO_LONG
+    return lines.why_unusable(raw, lines.LONGEST_LINE)
 
 
 def all_best(translator, texts, language, batch_size) -> list[str]:

@@ -302,3 +302,8 @@ def test_the_command_line_translates(trained):
         sources()[:1]
     )
     assert "1 lines, 0 of them not translated" in result.stderr.decode()
+
+
+def test_help_names_the_modes(trained, tmp_path):
+    told = trained[0].run(tmp_path, "--help").stdout.decode()
+    assert "train|evaluate|translate|score|export|average|experts" in told
