@@ -1,10 +1,5 @@
 """Language modelling: model, data and loss together from a config."""
 
-import contextlib
-import dataclasses
-
-import keras
-import ml_collections
 import tensorflow as tf
 
 from moe_tf import decoding
@@ -12,7 +7,6 @@ from moe_tf import schedules
 from moe_tf.data import batching
 from moe_tf.data import preparation
 from moe_tf.data import vocabulary as vocabularies
-from moe_tf.distribute import MeshStrategy
 from moe_tf.layers import routers
 from moe_tf.models import language_model_variants as variants
 from moe_tf.models.language_model import LanguageModel
@@ -21,32 +15,19 @@ from moe_tf.training import dry_run
 from moe_tf.training import fields
 from moe_tf.training import meshes
 from moe_tf.training import scoring
+from moe_tf.training.task import Task
 
 
-@dataclasses.dataclass(frozen=True)
-class LanguageModelTask:
+class LanguageModelTask(Task):
     """Predicting the next word of sentences.
 
-    Attributes:
-        config: the run's config; `configs/lm_demo.py` explains each field.
-            `data.rows_multiple` is set here if a mesh or groups need it.
-        strategy: optional `MeshStrategy`, see `meshes.strategy`.
+    `configs/lm_demo.py` explains each field of the config.
 
     Raises:
         ValueError: a field's value cannot be used.
     """
 
-    config: ml_collections.ConfigDict
-    strategy: MeshStrategy | None = None
-
-    # What decides neither weights nor data may differ from the run's config.
-    free_fields = (
-        "mesh",
-        "sample",
-        "train.keep_checkpoints",
-        "train.log_every",
-        "train.steps",
-    )
+    free_fields = (*Task.free_fields, "sample")
 
     def __post_init__(self):
         fields.check(
@@ -91,11 +72,6 @@ class LanguageModelTask:
                     f"model.variant={model.variant}"
                 )
 
-    @property
-    def is_first(self) -> bool:
-        """Whether this process prints and writes, for all there are."""
-        return self.strategy is None or self.strategy.is_first
-
     def variant(self) -> variants.Variant:
         """What the model consists of, without building it."""
         model = self.config.model
@@ -110,10 +86,7 @@ class LanguageModelTask:
     def build(self, prepared: preparation.Prepared) -> NextWordScorer:
         """The compiled model, with its weights as the seed makes them."""
         train = self.config.train
-        scope = contextlib.nullcontext()
-        if self.strategy is not None:
-            scope = self.strategy.scope()
-        with scope:
+        with self.scope():
             scorer = NextWordScorer(
                 LanguageModel(
                     vocabulary_size=prepared.vocabulary.size,
@@ -122,11 +95,10 @@ class LanguageModelTask:
                 )
             )
             scorer.build()
-            optimizer = fields.OPTIMIZERS[train.optimizer](
+            optimizer = self.optimizer(
                 schedules.WarmupInverseSqrt(
                     train.learning_rate, train.warmup_steps
-                ),
-                global_clipnorm=train.clip_norm,
+                )
             )
             optimizer.build(scorer.trainable_variables)
             # XLA would compile anew for each length of batches.
@@ -147,10 +119,7 @@ class LanguageModelTask:
             shuffle_buffer=data.shuffle_buffer,
             rows_multiple=data.rows_multiple,
         )
-        if self.strategy is None:
-            return dataset
-        # Every process reads all, and works on its rows.
-        return self.strategy.shard_batches(dataset)
+        return self.shard(dataset)
 
     def num_batches(self, prepared: preparation.Prepared, split: str) -> int:
         """Number of batches in one pass over a split."""
@@ -180,11 +149,6 @@ class LanguageModelTask:
         passes = steps / self.num_batches(prepared, "train")
         told.append(f"{steps:,} steps are {passes:.2f} passes over train")
         return told
-
-    def callbacks(self, prepared, board) -> list[keras.callbacks.Callback]:
-        """What this task adds to the callbacks of every trainer."""
-        del prepared, board
-        return []
 
     def evaluate(
         self, scorer: NextWordScorer, prepared: preparation.Prepared, split: str

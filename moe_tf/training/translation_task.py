@@ -1,11 +1,8 @@
 """Translation: model, data and loss together from a config."""
 
-import contextlib
-import dataclasses
 import itertools
 
 import keras
-import ml_collections
 import tensorflow as tf
 
 from moe_tf import checks
@@ -14,7 +11,6 @@ from moe_tf import translation_scores
 from moe_tf import xla
 from moe_tf.data import pair_batching
 from moe_tf.data import pairs
-from moe_tf.distribute import MeshStrategy
 from moe_tf.models import translation
 from moe_tf.models import translation_variants as variants
 from moe_tf.models import translator
@@ -24,36 +20,23 @@ from moe_tf.training import fields
 from moe_tf.training import meshes
 from moe_tf.training import translating
 from moe_tf.training import translation_dry_run as dry_run
+from moe_tf.training.task import Task
 from moe_tf.training.translation_callbacks import ValidationTranslations
 
 CHECKPOINTS = ("best", "last", "average")
 OUTPUTS = ("text", "json")
 
 
-@dataclasses.dataclass(frozen=True)
-class TranslationTask:
+class TranslationTask(Task):
     """Translating sentences, of one pair of languages or of several.
 
-    Attributes:
-        config: the run's config; `configs/mt_demo.py` explains each field.
-        strategy: optional `MeshStrategy`, see `meshes.strategy`.
+    `configs/mt_demo.py` explains each field of the config.
 
     Raises:
         ValueError: a field's value cannot be used.
     """
 
-    config: ml_collections.ConfigDict
-    strategy: MeshStrategy | None = None
-
-    # What decides neither weights nor data may differ from the run's config.
-    free_fields = (
-        "mesh",
-        "translate",
-        "experts",
-        "train.keep_checkpoints",
-        "train.log_every",
-        "train.steps",
-    )
+    free_fields = (*Task.free_fields, "translate", "experts")
 
     def __post_init__(self):
         _check(self.config)
@@ -61,11 +44,6 @@ class TranslationTask:
         meshes.check(self.config, self.variant().layers)
         # Made once without weights, so that wrong settings tell.
         self._make_model(vocabulary_size=8)
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this process prints and writes, for all there are."""
-        return self.strategy is None or self.strategy.is_first
 
     @property
     def settings(self) -> translator.Settings:
@@ -130,23 +108,19 @@ class TranslationTask:
     def build(self, prepared: pairs.PreparedPairs) -> TranslationScorer:
         """The compiled model, with its weights as the seed makes them."""
         train = self.config.train
-        scope = contextlib.nullcontext()
-        if self.strategy is not None:
-            scope = self.strategy.scope()
-        with scope:
+        with self.scope():
             scorer = TranslationScorer(
                 self._make_model(prepared.wordpieces.size),
                 label_smoothing=train.label_smoothing,
             )
             scorer.build()
-            optimizer = fields.OPTIMIZERS[train.optimizer](
+            optimizer = self.optimizer(
                 schedules.WarmupInverseSqrt(
                     train.learning_rate,
                     train.warmup_steps,
                     train.constant_steps,
                 ),
                 beta_2=train.beta_2,
-                global_clipnorm=train.clip_norm,
             )
             weights = scorer.trainable_variables
             optimizer.build(weights)
@@ -174,10 +148,7 @@ class TranslationTask:
             pair=pair,
             rows_multiple=data.rows_multiple,
         )
-        if self.strategy is None:
-            return dataset
-        # Every process reads all, and works on its rows.
-        return self.strategy.shard_batches(dataset)
+        return self.shard(dataset)
 
     def num_batches(
         self,
