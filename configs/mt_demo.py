@@ -132,19 +132,19 @@ def get_config(arg="Transformer-MoE-8"):
         "output": "text",
         # "beam", "greedy" or "sample".
         "method": "beam",
-        "beam_size": 4,
+        "beam_size": 2 if tiny else 4,
         "num_best": 1,
         # GNMT's alpha and beta, and its pruning; None: nothing is pruned.
         "length_penalty": 0.2,
         "coverage_penalty": 0.2,
         "pruning": config_dict.placeholder(float),
         # Most pieces for each of the source; 10 are added.
-        "max_length_ratio": 2.0,
+        "max_length_ratio": 1.0 if tiny else 2.0,
         # Of "sample".
         "temperature": 1.0,
         "seed": 0,
         # Sentences translated together, and the longest that is translated.
-        "batch_size": 64,
+        "batch_size": 16 if tiny else 64,
         "max_pieces": 256,
         # How sacrebleu cuts into words: "13a", or "none" for text that is
         # tokenised already.

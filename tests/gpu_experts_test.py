@@ -121,7 +121,9 @@ def test_matches_one_expert_after_the_other(counts, recompute):
 @pytest.mark.parametrize(
     "dtype,tolerance", [("bfloat16", 2e-2), ("float16", 3e-3)]
 )
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    "recompute", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_half_precision(dtype, tolerance, recompute):
     counts = COUNTS[0]
     arguments = inputs(counts, dtype)

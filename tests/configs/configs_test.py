@@ -98,7 +98,13 @@ def test_builds_and_fits_the_translation_task(name):
         assert told.startswith(config.model.variant)
 
 
-@pytest.mark.parametrize("name", TRANSLATION)
+def test_the_tiny_forms_of_one_pair_are_one():
+    tiny = config_of("mt_demo", "tiny").to_dict()
+    for name in ("mt_multi30k", "mt_wmt14"):
+        assert config_of(name, "tiny").to_dict() == tiny
+
+
+@pytest.mark.parametrize("name", ["mt_demo", "mt_libreoffice"])
 def test_tiny_form_of_translation_trains_two_steps(name, tmp_path, capsys):
     config = config_of(name, "tiny")
     config.data.update(small_text.write(tmp_path))

@@ -1,5 +1,7 @@
 """`SparseMoE(jit_compile=True)`: the layer is an XLA program of its own."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -10,6 +12,22 @@ from tests import every_router
 
 EVERY = pytest.mark.parametrize("name", every_router.SETTINGS)
 CAPACITY = pytest.mark.parametrize("capacity_factor", [None, 0.75])
+
+# Each setting and each router once; all of them take two minutes.
+FEW = {
+    ("noisy_top_k", 0.75, True),
+    ("hierarchical", None, True),
+    ("softmax_top_k", None, False),
+    ("switch", 0.75, False),
+    ("batchwise", 0.75, True),
+    ("expert_choice", None, True),
+}
+CASES = [
+    pytest.param(*case, marks=[] if case in FEW else pytest.mark.slow)
+    for case in itertools.product(
+        every_router.SETTINGS, (None, 0.75), (False, True)
+    )
+]
 
 
 def step_of(layer, mask=None):
@@ -40,9 +58,7 @@ def compiles(step, x_TD):
     )
 
 
-@EVERY
-@CAPACITY
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name,capacity_factor,masked", CASES)
 def test_it_gives_what_the_plain_layer_gives(name, capacity_factor, masked):
     x_TD = tf.constant(every_router.tokens(23))
     mask_T = tf.constant(np.arange(23) % 5 > 0) if masked else None

@@ -33,6 +33,7 @@ SETTINGS = {
     "model.dropout": 0.0,
     "data.batch_tokens": 768,
     "data.max_pieces": 32,
+    "translate.beam_size": 4,
 }
 FIGURES = ("test en-de: perplexity", "test en-de: BLEU")
 
