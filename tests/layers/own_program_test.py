@@ -10,8 +10,6 @@ import tensorflow as tf
 import moe_tf
 from tests import every_router
 
-EVERY = pytest.mark.parametrize("name", every_router.SETTINGS)
-CAPACITY = pytest.mark.parametrize("capacity_factor", [None, 0.75])
 
 # Each setting and each router once; all of them take two minutes.
 FEW = {
