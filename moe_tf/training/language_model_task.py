@@ -29,7 +29,8 @@ class LanguageModelTask(Task):
 
     free_fields = (*Task.free_fields, "sample")
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Refuses a config that cannot be used, before any work is done."""
         fields.check(
             self.config,
             counts=(

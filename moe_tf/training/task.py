@@ -35,6 +35,13 @@ class Task(abc.ABC):
         "train.steps",
     )
 
+    def __post_init__(self):
+        self.check()
+
+    @abc.abstractmethod
+    def check(self) -> None:
+        """Refuses a config that cannot be used, before any work is done."""
+
     @property
     def is_first(self) -> bool:
         """Whether this process prints and writes, for all there are."""

@@ -38,7 +38,8 @@ class TranslationTask(Task):
 
     free_fields = (*Task.free_fields, "translate", "experts")
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Refuses a config that cannot be used, before any work is done."""
         _check(self.config)
         self.settings.check()
         meshes.check(self.config, self.variant().layers)
