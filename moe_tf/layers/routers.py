@@ -7,6 +7,7 @@ from moe_tf.layers import hierarchical_router
 from moe_tf.layers import noisy_top_k_router
 from moe_tf.layers import router
 from moe_tf.layers import softmax_router
+from moe_tf.layers import two_level_router
 
 ROUTERS = {
     "noisy_top_k": noisy_top_k_router.NoisyTopKRouter,
@@ -72,7 +73,7 @@ def _hierarchical(gating, num_experts, branching):
             "`branching` is for gating=noisy_top_k. "
             f"Received: branching={branching}, gating={gating}"
         )
-    groups, group_size = hierarchical_router.pair(branching)
+    groups, group_size = two_level_router.pair(branching)
     if groups * group_size != num_experts:
         raise ValueError(
             "`branching` must be two numbers whose product is `num_experts`. "
