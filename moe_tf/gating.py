@@ -191,7 +191,8 @@ def batchwise_loss(score_TE, threshold_E, chosen_TE, mask_T=None):
     the thresholds learn from the gate, not the gate from the thresholds.
 
     Args:
-        score_TE: float, softmax over the experts.
+        score_TE: float, softmax over the experts; all may have more leading
+            axes.
         threshold_E: float.
         chosen_TE: bool, `batchwise_mask(score_TE, ...)`.
         mask_T: optional bool; masked tokens count nowhere.
@@ -199,8 +200,8 @@ def batchwise_loss(score_TE, threshold_E, chosen_TE, mask_T=None):
     excess_TE = ops.stop_gradient(score_TE) - threshold_E
     passes_TE = excess_TE > 0
     if mask_T is not None:
-        passes_TE = ops.logical_and(passes_TE, mask_T[:, None])
-        chosen_TE = ops.logical_and(chosen_TE, mask_T[:, None])
+        passes_TE = ops.logical_and(passes_TE, mask_T[..., None])
+        chosen_TE = ops.logical_and(chosen_TE, mask_T[..., None])
     wrong_TE = ops.cast(passes_TE, excess_TE.dtype) - ops.cast(
         chosen_TE, excess_TE.dtype
     )

@@ -12,6 +12,7 @@ SETTINGS = {
     "softmax_top_k": {"gating": "softmax_top_k", "k": 2},
     "switch": {"gating": "switch"},
     "batchwise": {"gating": "batchwise", "k": 2},
+    "hierarchical_batchwise": {"gating": "batchwise", "branching": (2, 4)},
     "expert_choice": {"gating": "expert_choice", "k": 2},
 }
 
@@ -31,8 +32,8 @@ def layer(name, *, quiet=False, **kwargs):
     rng = np.random.default_rng(5)
     for variable in made.trainable_variables:
         value = rng.normal(size=variable.shape)
-        if variable.name == "thresholds":
-            value = np.full(variable.shape, 1 / NUM_EXPERTS)
+        if variable.name.endswith("thresholds"):
+            value = np.full(variable.shape, 1 / variable.shape[-1])
         if quiet and "noise" in variable.name:
             value = np.zeros(variable.shape)
             value[..., 0, :] = -99.0

@@ -197,7 +197,8 @@ def test_masked_tokens_leave_the_mean_before_it_is_taken():
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in every_router.SETTINGS if name != "hierarchical"]
+    "name",
+    [name for name in every_router.SETTINGS if "hierarchical" not in name],
 )
 def test_the_z_loss_works_by_itself(name):
     # Mesh TensorFlow: it crashes if `importance` or `num_microbatches` is
@@ -229,7 +230,7 @@ def test_each_balance_loss_moves_the_router(name, loss):
     layer = every_router.layer(name)
     for weight in layer.router.loss_weights:
         layer.router.loss_weights[weight] = float(weight == f"{loss}_loss")
-    gates = [v for v in layer.router.trainable_variables if len(v.shape) > 1]
+    gates = [v for v in layer.router.trainable_variables if "kernel" in v.name]
     slopes = gradients(layer, tokens(9), gates)
     assert max(np.abs(slope).max() for slope in slopes) > 1e-3
 

@@ -12,6 +12,9 @@ from moe_tf.layers.clipping import clipped_evaluation as clipped_evaluation
 from moe_tf.layers.experts import Experts as Experts
 from moe_tf.layers.feed_forward import FeedForward as FeedForward
 from moe_tf.layers.gate_recording import recorded_gates as recorded_gates
+from moe_tf.layers.hierarchical_batchwise_router import (
+    HierarchicalBatchwiseRouter as HierarchicalBatchwiseRouter,
+)
 from moe_tf.layers.hierarchical_router import (
     HierarchicalRouter as HierarchicalRouter,
 )

@@ -1,77 +1,14 @@
 """Strictly balanced gating, appendix F, and expert choice: its descendant."""
 
 import keras
-from keras import ops
 
-from moe_tf import checks
 from moe_tf import gating
-from moe_tf import groups
-from moe_tf import plans
-from moe_tf import sharding
-from moe_tf import xla
+from moe_tf.layers import column_router
 from moe_tf.layers import router
 
 
-class _ByColumn(router.GateRouter):
-    """Every expert takes the tokens with the largest gate values."""
-
-    chooses_in_groups = True
-
-    def __init__(self, *args, load_weight=None, **kwargs):
-        if load_weight is not None:
-            raise ValueError(
-                "`load_weight` has no meaning where every expert gets the "
-                f"same load; leave it out. Received: load_weight={load_weight}"
-            )
-        super().__init__(*args, **kwargs)
-
-    def take(self, logits_TE, mask_T):
-        """Equation 18 with `m = ceil(k |X| / n)`, over unmasked tokens."""
-        # By the softmax's logarithm, which does not underflow.
-        score_TE = logits_TE - ops.logsumexp(logits_TE, axis=-1, keepdims=True)
-        if self.num_groups not in (None, 1):
-            return self._take_in_groups(score_TE, mask_T)
-        most = self.tokens_an_expert(ops.shape(score_TE)[0])
-        num_chosen = most
-        if mask_T is not None:
-            num_chosen = self.tokens_an_expert(
-                ops.sum(ops.cast(mask_T, "int32"))
-            )
-        return gating.batchwise_mask(score_TE, num_chosen, most, mask_T)
-
-    def _take_in_groups(self, score_TE, mask_T):
-        score_GTE, mask_GT = (
-            groups.cut(tensor, self.num_groups) for tensor in (score_TE, mask_T)
-        )
-        number_G = ops.shape(score_GTE)[1]
-        if mask_GT is not None:
-            number_G = ops.sum(ops.cast(mask_GT, "int32"), axis=1)
-        chosen_GTE = gating.group_mask(
-            score_GTE, self.tokens_an_expert(number_G), mask_GT
-        )
-        return ops.reshape(chosen_GTE, ops.shape(score_TE))
-
-    def tokens_an_expert(self, num_tokens):
-        return plans.capacity(num_tokens * self.k, self.num_experts, 1)
-
-    def gates(self, weight_TE, chosen_TE, mask_T):
-        if mask_T is not None:
-            chosen_TE = ops.logical_and(chosen_TE, mask_T[:, None])
-        most = self.num_experts
-        static = xla.wants_static_shapes() or sharding.axes() is not None
-        if self.num_groups in (None, 1) and not static:
-            number_T = ops.sum(ops.cast(chosen_TE, "int32"), axis=-1)
-            most = ops.max(number_T, initial=1)
-        return gating.of_chosen(weight_TE, chosen_TE, most)
-
-    def get_config(self):
-        config = super().get_config()
-        del config["load_weight"]
-        return config
-
-
 @keras.saving.register_keras_serializable(package="moe_tf")
-class BatchwiseRouter(_ByColumn):
+class BatchwiseRouter(column_router.ThresholdRouter, router.GateRouter):
     """Strictly balanced gating: every expert gets the same number of tokens.
 
     In training each expert takes the `m = ceil(k |X| / n)` tokens of the
@@ -122,18 +59,14 @@ class BatchwiseRouter(_ByColumn):
             k,
             importance_weight,
             z_loss_weight=z_loss_weight,
+            threshold_weight=threshold_weight,
             **kwargs,
         )
-        checks.positive("threshold_weight", threshold_weight)
-        self.threshold_weight = threshold_weight
-        self.loss_weights["threshold_loss"] = threshold_weight
 
     def build(self, input_shape):
         super().build(input_shape)
-        self.threshold_E = self.add_weight(
-            shape=(self.num_experts,),
-            initializer=keras.initializers.Constant(1.0 / self.num_experts),
-            name="thresholds",
+        self.threshold_E = self.add_thresholds(
+            (self.num_experts,), "thresholds"
         )
 
     def call(self, inputs, mask=None, training=False):
@@ -142,9 +75,7 @@ class BatchwiseRouter(_ByColumn):
         if training:
             chosen_TE = self.take(logits_TE, mask)
         else:
-            chosen_TE = ops.logical_or(
-                score_TE > self.threshold_E, ops.isnan(score_TE)
-            )
+            chosen_TE = column_router.passes(score_TE, self.threshold_E)
         return self.routing(
             self.gates(
                 gating.renormalised(logits_TE, chosen_TE), chosen_TE, mask
@@ -157,17 +88,13 @@ class BatchwiseRouter(_ByColumn):
         )
 
     def most_tokens(self, num_tokens, training):
-        return self.tokens_an_expert(num_tokens) if training else None
-
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "threshold_weight": self.threshold_weight,
-        }
+        if not training:
+            return None
+        return column_router.share(num_tokens, self.k, self.num_experts)
 
 
 @keras.saving.register_keras_serializable(package="moe_tf")
-class ExpertChoiceRouter(_ByColumn):
+class ExpertChoiceRouter(column_router.ColumnRouter, router.GateRouter):
     """Every expert chooses its tokens, in training and at inference.
 
     Each of the `n` experts takes the `ceil(k T / n)` tokens with its largest
@@ -219,4 +146,4 @@ class ExpertChoiceRouter(_ByColumn):
         )
 
     def most_tokens(self, num_tokens, training):
-        return self.tokens_an_expert(num_tokens)
+        return column_router.share(num_tokens, self.k, self.num_experts)

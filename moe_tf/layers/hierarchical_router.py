@@ -4,17 +4,14 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from moe_tf import checks
 from moe_tf import dispatch
 from moe_tf import gating
-from moe_tf import grouped
-from moe_tf import plans
 from moe_tf import sharding
-from moe_tf.layers import router
+from moe_tf.layers import two_level_router
 
 
 @keras.saving.register_keras_serializable(package="moe_tf")
-class HierarchicalRouter(router.Router):
+class HierarchicalRouter(two_level_router.TwoLevelRouter):
     """Chooses `k` of `P` groups, and in each of them `k` of its `Q` experts.
 
     A primary gate chooses groups; each group has a secondary gate of its own,
@@ -56,22 +53,13 @@ class HierarchicalRouter(router.Router):
         seed=None,
         **kwargs,
     ):
-        if "z_loss_weight" in kwargs:
-            raise ValueError(
-                "`z_loss_weight` is for routers of one level; leave it out. "
-                f"Received: z_loss_weight={kwargs['z_loss_weight']}"
-            )
-        groups, group_size = pair(branching)
         super().__init__(
-            groups * group_size, k, importance_weight, load_weight, **kwargs
+            branching,
+            k,
+            importance_weight=importance_weight,
+            load_weight=load_weight,
+            **kwargs,
         )
-        if k > min(groups, group_size):
-            raise ValueError(
-                "`k` must be at most the number of groups and of experts in "
-                f"a group. Received: k={k}, branching={branching}"
-            )
-        self.branching = groups, group_size
-        self.experts_per_token = k * k
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
 
@@ -142,22 +130,16 @@ class HierarchicalRouter(router.Router):
             kernels.append(self.secondary_noise_PDQ)
         both_PDQ = ops.concatenate(kernels, axis=-1)
         if sharding.axes() is None:
-            both_TKQ = self._of_chosen(x_TD, group_TK, both_PDQ)
+            both_SQ, plan = two_level_router.of_chosen(x_TD, group_TK, both_PDQ)
+            both_TKQ = dispatch.collect(both_SQ, plan)
         else:
             # Each device has every gate, and no plan without a capacity.
-            both_TPQ = tf.einsum("TD,PDQ->TPQ", x_TD, both_PDQ)
+            both_TPQ = two_level_router.of_all(x_TD, both_PDQ)
             chosen_TKP = ops.one_hot(group_TK, groups, dtype=both_TPQ.dtype)
             both_TKQ = tf.einsum("TKP,TPQ->TKQ", chosen_TKP, both_TPQ)
         if not training:
             return both_TKQ, None
         return both_TKQ[..., :group_size], both_TKQ[..., group_size:]
-
-    def _of_chosen(self, x_TD, group_TK, both_PDQ):
-        plan = plans.plan_dropless(group_TK, self.branching[0])
-        both_SQ = grouped.apply(
-            grouped.matmul, dispatch.dispatch(x_TD, plan), [both_PDQ], plan
-        )
-        return dispatch.collect(both_SQ, plan)
 
     def _load(self, primary, chance_TP, chance_TKQ, mask):
         """Equation 14, flat: `(P * Q,)`."""
@@ -171,21 +153,4 @@ class HierarchicalRouter(router.Router):
         return ops.reshape(load_PQ, (-1,))
 
     def get_config(self):
-        config = super().get_config()
-        for name in ("num_experts", "z_loss_weight"):
-            del config[name]
-        return {**config, "branching": self.branching, "seed": self.seed}
-
-
-def pair(branching):
-    """The two numbers of `branching`, checked."""
-    try:
-        groups, group_size = branching
-    except (TypeError, ValueError):
-        raise ValueError(
-            "`branching` must be a pair, groups and experts in each group. "
-            f"Received: branching={branching}"
-        ) from None
-    checks.at_least("branching[0]", groups, 1)
-    checks.at_least("branching[1]", group_size, 1)
-    return groups, group_size
+        return {**super().get_config(), "seed": self.seed}

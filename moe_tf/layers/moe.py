@@ -52,7 +52,8 @@ class SparseMoE(keras.layers.Layer):
             `"expert_choice"`, or a `Router`, whose settings are then its own.
             Defaults to `"noisy_top_k"`.
         branching: optional pair of ints `(P, Q)` with `P * Q == num_experts`:
-            the two-level layer of appendix B, `P` groups of `Q` experts.
+            the two-level layer of appendix B, `P` groups of `Q` experts, for
+            `"noisy_top_k"` and `"batchwise"`.
         activation: name or function inside the experts. Defaults to
             `"relu"`.
         importance_weight: optional float, weight of the importance loss,

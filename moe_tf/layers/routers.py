@@ -3,10 +3,12 @@
 import inspect
 
 from moe_tf.layers import batchwise_router
+from moe_tf.layers import hierarchical_batchwise_router
 from moe_tf.layers import hierarchical_router
 from moe_tf.layers import noisy_top_k_router
 from moe_tf.layers import router
 from moe_tf.layers import softmax_router
+from moe_tf.layers import two_level_router
 
 ROUTERS = {
     "noisy_top_k": noisy_top_k_router.NoisyTopKRouter,
@@ -14,6 +16,10 @@ ROUTERS = {
     "switch": softmax_router.SwitchRouter,
     "batchwise": batchwise_router.BatchwiseRouter,
     "expert_choice": batchwise_router.ExpertChoiceRouter,
+}
+TWO_LEVEL = {
+    "noisy_top_k": hierarchical_router.HierarchicalRouter,
+    "batchwise": hierarchical_batchwise_router.HierarchicalBatchwiseRouter,
 }
 
 
@@ -67,15 +73,15 @@ def make(
 
 
 def _hierarchical(gating, num_experts, branching):
-    if gating != "noisy_top_k":
+    if gating not in TWO_LEVEL:
         raise ValueError(
-            "`branching` is for gating=noisy_top_k. "
+            f"`branching` is for gating={' or '.join(TWO_LEVEL)}. "
             f"Received: branching={branching}, gating={gating}"
         )
-    groups, group_size = hierarchical_router.pair(branching)
+    groups, group_size = two_level_router.pair(branching)
     if groups * group_size != num_experts:
         raise ValueError(
             "`branching` must be two numbers whose product is `num_experts`. "
             f"Received: branching={branching}, num_experts={num_experts}"
         )
-    return hierarchical_router.HierarchicalRouter, branching
+    return TWO_LEVEL[gating], branching

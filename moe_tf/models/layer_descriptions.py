@@ -111,13 +111,15 @@ def _(layer: FeedForward, width):
 def _(layer: Experts, width):
     if layer.branching is None:
         gates = [(width, layer.num_experts)]
+        thresholds = [(layer.num_experts,)]
     else:
         groups, group_size = layer.branching
         gates = [(width, groups), (groups, width, group_size)]
+        thresholds = [(groups,), (groups, group_size)]
     if layer.gating == "noisy_top_k":
         gates *= 2  # `W_g` and `W_noise`
     if layer.gating == "batchwise":
-        gates.append((layer.num_experts,))  # thresholds
+        gates += thresholds
     return [
         *gates,
         (layer.num_experts, width, layer.hidden_units),

@@ -104,6 +104,22 @@ def test_the_tiny_forms_of_one_pair_are_one():
         assert config_of(name, "tiny").to_dict() == tiny
 
 
+@pytest.mark.parametrize(
+    "arg,gating",
+    [
+        ("GNMT-MoE-2048-h", "batchwise"),
+        ("GNMT-MoE-512-h", "batchwise"),
+        ("GNMT-MoE-32", "batchwise"),
+        ("GNMT", "noisy_top_k"),  # the default; there is no choice
+        ("GNMT-multi-512", "noisy_top_k"),
+    ],
+)
+def test_experts_of_one_language_pair_are_strictly_balanced(arg, gating):
+    config = config_of("mt_wmt14", arg)
+    assert TranslationTask(config).variant().name == arg
+    assert config.model.gating == gating
+
+
 @pytest.mark.parametrize("name", ["mt_demo", "mt_libreoffice"])
 def test_tiny_form_of_translation_trains_two_steps(name, tmp_path, capsys):
     config = config_of(name, "tiny")

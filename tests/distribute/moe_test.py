@@ -18,6 +18,11 @@ TWO_AXES = (("batch", 2), ("expert", 2))
 CASES = {
     "two_levels": {"branching": (4, 2), "k": 2, "capacity_factor": 1.0},
     "batchwise": {"gating": "batchwise", "k": 2},
+    "two_levels_batchwise": {
+        "gating": "batchwise",
+        "branching": (4, 2),
+        "k": 1,
+    },
     "by_value": {
         "k": 2,
         "capacity_factor": 0.75,

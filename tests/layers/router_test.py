@@ -271,7 +271,10 @@ def test_bad_settings_of_the_base_name_the_field(field, kwargs):
 CONFIGS = [
     {"gating": name, "k": 1, "importance_weight": 0.3, "z_loss_weight": 0.2}
     for name in NAMES
-] + [{"branching": (2, 2), "k": 1, "load_weight": 0.3, "seed": 3}]
+] + [
+    {"branching": (2, 2), "k": 1, "load_weight": 0.3, "seed": 3},
+    {"branching": (2, 2), "k": 1, "gating": "batchwise"},
+]
 
 
 @pytest.mark.parametrize("kwargs", CONFIGS, ids=str)

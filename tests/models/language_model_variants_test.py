@@ -122,6 +122,18 @@ def test_two_levels_count_matrix_by_matrix(width, a, b, k):
     )
 
 
+def test_two_levels_count_batchwise_gates_and_their_thresholds():
+    width, a, b, k, hidden = 8, 4, 3, 2, 7
+    experts = variants.Experts(a * b, hidden, k, (a, b), gating="batchwise")
+    expert = [(width, hidden), (hidden, width)]
+    gates = [(width, a)] + a * [(width, b)]
+    reached = [(width, a)] + k * [(width, b)] + k * k * expert
+    held = gates + [(a,), (a, b)] + a * b * expert
+    assert count(variants.Variant("two levels", width, (experts,))) == (
+        variants.Counts(sum(map(math.prod, held)), sum(map(math.prod, reached)))
+    )
+
+
 def test_counts_what_no_machine_holds():
     a = b = 10**6
     counts = count(variant(f"MoE-{a}x{b}-h", width=1))

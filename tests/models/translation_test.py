@@ -303,6 +303,32 @@ def test_settings_reach_every_mixture(name):
     assert float(sum(none.losses, 0.0)) == 0
 
 
+def test_strictly_balanced_experts_of_two_levels_train():
+    # The paper's models of one language pair.
+    model = translation.make(
+        "GNMT-MoE-4x4-h", V, gating="batchwise", width=16, seed=1
+    )
+    model.compile(
+        "adam",
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=False,
+    )
+    inputs, targets = batch(), text(3, 5, seed=2)
+    losses = [
+        model.train_on_batch(inputs, targets, return_dict=True)["loss"]
+        for _ in range(5)
+    ]
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]
+    layers = {layer.name: layer for layer in model._flatten_layers()}
+    for name, ids in (
+        ("encoder_moe", inputs["source"]),
+        ("decoder_moe", inputs["tokens"]),
+    ):
+        m_P = -(-2 * np.count_nonzero(ids) // 4)
+        balance = layers[name].balance
+        np.testing.assert_array_equal(balance.assigned_E, -(-2 * m_P // 4))
+
+
 @pytest.mark.parametrize("name", ["GNMT-MoE-6", "Transformer-MoE-4"])
 def test_padding_is_not_routed(name):
     model, inputs = spread(make(name, k=2)), batch()

@@ -90,10 +90,13 @@ def test_weights_are_as_many_as_counted(name, number):
     assert sorted(shapes) == sorted(variants.kernel_shapes(model.variant, 19))
 
 
-def test_weights_of_batchwise_gates_are_counted():
-    model = translation.make("GNMT-MoE-6", 19, gating="batchwise", **SMALL)
+@pytest.mark.parametrize("name", ["GNMT-MoE-6", "GNMT-MoE-2x3-h"])
+def test_weights_of_batchwise_gates_are_counted(name):
+    model = translation.make(name, 19, gating="batchwise", **SMALL)
     model.build()
     shapes = [tuple(w.shape) for w in model.trainable_weights]
+    want = variants.count(model.variant, 19).parameters
+    assert sum(map(math.prod, shapes)) == want
     assert sorted(shapes) == sorted(variants.kernel_shapes(model.variant, 19))
 
 
