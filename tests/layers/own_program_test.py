@@ -10,7 +10,6 @@ import tensorflow as tf
 import moe_tf
 from tests import every_router
 
-
 # Each setting and each router once; all of them take two minutes.
 FEW = {
     ("noisy_top_k", 0.75, True),
