@@ -27,7 +27,6 @@ class ValidationTranslations(keras.callbacks.Callback):
         self.task = task
         self.board = board
         self._settings = task.config.translate
-        self._translator = None
         self._prepared = prepared
         number = self._settings.validation_sentences
         self._texts = [
@@ -38,14 +37,13 @@ class ValidationTranslations(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         if not self._texts:
             return
-        if self._translator is None:  # one program for the whole run
-            self._translator = self.task.translator(
-                self.model, self._prepared, method="greedy", num_best=1
-            )
+        translator = self.task.translator(
+            self.model, self._prepared, method="greedy", num_best=1
+        )
         figures, shown = {}, {}
         for pair, sources, references in self._texts:
             found = translating.all_best(
-                self._translator,
+                translator,
                 sources,
                 self.task.language(self._prepared, pair),
                 self._settings.batch_size,

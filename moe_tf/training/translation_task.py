@@ -1,5 +1,6 @@
 """Translation: model, data and loss together from a config."""
 
+import functools
 import itertools
 
 import keras
@@ -175,7 +176,7 @@ class TranslationTask(Task):
 
     def translator(self, scorer, prepared, **changes) -> translator.Translator:
         """The decoder of a model, as `config.translate` says."""
-        return translator.Translator(
+        return _translator(
             scorer.translation_model,
             prepared.wordpieces,
             self.settings._replace(**changes),
@@ -253,6 +254,12 @@ class TranslationTask(Task):
                 if name != "variant"
             },
         )
+
+
+@functools.lru_cache(maxsize=2)
+def _translator(model, wordpieces, settings):
+    """Made once, since it is traced once; it reads the weights as they are."""
+    return translator.Translator(model, wordpieces, settings)
 
 
 def _check(config):
