@@ -29,7 +29,7 @@ def translate(task, config, workdir):
     A line that cannot be translated gives an empty one (in JSON the reason),
     and is reported on standard error.
     """
-    _refuse_several_processes(task, "translate")
+    _refuse_a_mesh(task, config, "translate")
     prepared, scorer = _open(task, config, workdir)
     settings = config.translate
     pair = task.pair(prepared)
@@ -66,7 +66,7 @@ def score(task, config, workdir):
     separated by tabs, in the order of the input. A line that cannot be scored
     gives the reason instead.
     """
-    _refuse_several_processes(task, "score")
+    _refuse_a_mesh(task, config, "score")
     prepared, scorer = _open(task, config, workdir)
     settings = config.translate
     language = task.language(prepared, task.pair(prepared))
@@ -102,7 +102,7 @@ def export(task, config, workdir):
     one each, `translate_<language>`. It answers as `--mode=translate` does,
     and whoever loads it imports `tensorflow_text` alone.
     """
-    _refuse_several_processes(task, "export")
+    _refuse_a_mesh(task, config, "export")
     prepared, scorer = _open(task, config, workdir)
     translator = task.translator(scorer, prepared)
     languages = prepared.wordpieces.languages
@@ -146,7 +146,7 @@ def experts(task, config, workdir):
 
     Writes the same as a page, `<workdir>/experts.html`.
     """
-    _refuse_several_processes(task, "experts")
+    _refuse_a_mesh(task, config, "experts")
     prepared, scorer = _open(task, config, workdir)
     text, page = expert_report.report(task, scorer, prepared)
     print(text)
@@ -173,11 +173,13 @@ def _open(task, config, workdir):
     return loop.open_state(task, config, workdir, name)
 
 
-def _refuse_several_processes(task, mode):
+def _refuse_a_mesh(task, config, mode):
     if task.strategy is not None:
         raise ValueError(
-            f"`mode`={mode} is for one device: leave `mesh` out. Its states "
-            "are those of any mesh."
+            f"`mode`={mode} is for one device, which reads the states of any "
+            "mesh: leave `mesh` out, and give "
+            f"data.rows_multiple={config.data.rows_multiple}. "
+            f"Received: mesh={dict(config.mesh)}"
         )
 
 
