@@ -108,8 +108,19 @@ COUNTS = ([0, 150, 128, 0, 1, 0], [300, 5], [0, 0, 130], [60])
 
 
 @needs_jax
-@pytest.mark.parametrize("counts", COUNTS)
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    "counts,recompute",
+    [
+        (COUNTS[0], True),
+        (COUNTS[1], False),
+        (COUNTS[3], True),
+        *(
+            pytest.param(counts, recompute, marks=pytest.mark.slow)
+            for counts in COUNTS
+            for recompute in (False, True)
+        ),
+    ],
+)
 def test_matches_one_expert_after_the_other(counts, recompute):
     arguments = inputs(counts, "float32")
     got = fused(counts, *arguments, activation="silu", recompute=recompute)
@@ -134,7 +145,18 @@ def test_half_precision(dtype, tolerance, recompute):
 
 
 @needs_jax
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "relu",
+        "silu",
+        "gelu_tanh",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("gelu", "linear", "sigmoid", "tanh")
+        ),
+    ],
+)
 def test_activations(name):
     counts = [100, 30]
     x, *rest = inputs(counts, "float32")

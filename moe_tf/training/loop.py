@@ -57,7 +57,7 @@ def evaluate(task: Task, config, workdir, name="best"):
             task, f"With tokens dropped beyond model.capacity_factor={factor}:"
         )
         with clipped_evaluation(scorer):
-            _evaluate(task, prepared, scorer, splits)
+            _evaluate(task, prepared, scorer, splits, clipped=True)
 
 
 def dry_run(task: Task, config, workdir):
@@ -162,7 +162,7 @@ def _callbacks(task, config, workdir, prepared, kept, found):
     ]
 
 
-def _evaluate(task, prepared, scorer, splits):
+def _evaluate(task, prepared, scorer, splits, clipped=False):
     for split in splits:
-        for line in task.evaluate(scorer, prepared, split):
+        for line in task.evaluate(scorer, prepared, split, clipped):
             tell(task, line)

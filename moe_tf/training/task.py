@@ -101,8 +101,12 @@ class Task(abc.ABC):
         return []
 
     @abc.abstractmethod
-    def evaluate(self, scorer, prepared, split) -> list[str]:
-        """How good the model is on a split, in lines."""
+    def evaluate(self, scorer, prepared, split, clipped=False) -> list[str]:
+        """How good the model is on a split, in lines.
+
+        Args:
+            clipped: bool, whether experts drop meanwhile, as in training.
+        """
 
     @abc.abstractmethod
     def show(self, scorer, prepared) -> list[str]:

@@ -187,8 +187,12 @@ class TranslationTask(Task):
         scorer: TranslationScorer,
         prepared: pairs.PreparedPairs,
         split: str,
+        clipped: bool = False,
     ) -> list[str]:
-        """Perplexity, BLEU and chrF of each pair, a line each."""
+        """Perplexity, BLEU and chrF of each pair, a line each.
+
+        Decoders drop nothing, so `clipped` has the perplexity alone.
+        """
         told = []
         for pair in prepared.corpus.pairs:
             figures = scorer.evaluate(
@@ -201,7 +205,7 @@ class TranslationTask(Task):
                 f"{split} {pair.name}: perplexity {figures['perplexity']:.3f} "
                 f"over {int(figures['words'])} wordpieces, ends counted"
             )
-            if self.strategy is None:
+            if self.strategy is None and not clipped:
                 told += self._scores(scorer, prepared, split, pair)
         return told
 

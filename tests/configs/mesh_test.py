@@ -23,7 +23,13 @@ def train(name, path, workdir):
     loop.train(task, config, workdir)
 
 
-@pytest.mark.parametrize("name", configs_test.LANGUAGE_MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lm_demo",
+        pytest.param("lm1b_moe", marks=pytest.mark.slow),  # much the same
+    ],
+)
 def test_tiny_form_trains_on_a_mesh(name, tmp_path):
     configs_test.write_benchmark(tmp_path)
     workdir = tmp_path / "run"

@@ -45,12 +45,10 @@ OPTIMIZERS = {
 }
 
 
-# Those that are much like another wait for the slow test.
-MAIN = tuple(
-    name
-    for name in OPTIMIZERS
-    if name not in ("adamw", "adagrad", "clipnorm", "clipvalue")
-)
+# Those that are much like another, or that the test of the language model
+# has, wait for the slow test.
+SIMILAR = ("adamw", "adagrad", "clipnorm", "clipvalue", "sgd")
+MAIN = tuple(name for name in OPTIMIZERS if name not in SIMILAR)
 TWO_AXES = (("batch", 2), ("expert", 2))
 MESHES = {
     TWO_AXES: MAIN,

@@ -12,14 +12,9 @@ from moe_tf.models import translation
 from tests.distribute import process
 
 VOCABULARY, STEPS = 20, 2
+# What a Transformer does there, `tests/configs/mesh_test.py` tells.
 CASES = {
     "GNMT-MoE-4": {"bidirectional": True, "cells": 12, "encoder_layers": 2},
-    "Transformer-MoE-4": {
-        "num_heads": 2,
-        "encoder_layers": 1,
-        "decoder_layers": 1,
-        "moe_every": 1,
-    },
 }
 
 

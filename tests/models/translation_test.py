@@ -387,7 +387,9 @@ def test_config_holds_every_argument(name):
     assert copy.get_config() == config and copy.variant == model.variant
 
 
-@pytest.mark.parametrize("name", ["GNMT", "Transformer"])
+@pytest.mark.parametrize(
+    "name", ["GNMT", pytest.param("Transformer", marks=pytest.mark.slow)]
+)
 def test_an_exported_model_takes_ids_of_any_length(name, tmp_path):
     model = make(name)
     model.export(tmp_path / "exported", verbose=False)

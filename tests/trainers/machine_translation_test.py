@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 
 from configs import mt_demo
+from moe_tf.layers import clipped_evaluation
+from moe_tf.training import loop
 from moe_tf.training.translation_modes import MODES
 from moe_tf.training.translation_task import TranslationTask
 from tests import small_text
@@ -116,8 +118,7 @@ def test_learns_to_translate_what_it_has_not_seen(run):
 
 def test_a_killed_run_ends_with_the_same_bits(trained, tmp_path):
     trainer, finished = trained
-    for moment in (runs.saved(EVERY), runs.writes(2 * EVERY)):
-        trainer.kill_at(tmp_path, moment)
+    trainer.kill_at(tmp_path, runs.writes(2 * EVERY))
     again = trainer.succeed(tmp_path)
     assert lines_that(again, "Going on from step")
     runs.assert_same(
@@ -131,6 +132,26 @@ def test_evaluate_repeats_what_training_told(run):
     assert len(lines_that(again, FIGURES)) == 2
     assert lines_that(again, FIGURES) == lines_that(run.told, FIGURES)
     assert len(lines_that(again, "validation en-de: ")) == 2
+
+
+def test_evaluate_tells_what_drops_would_cost(run):
+    with pytest.raises(ValueError, match="model.capacity_factor: null"):
+        run.call("evaluate", **{"model.capacity_factor": 0.5})
+    config = mt_demo.get_config("tiny")
+    config.update_from_flattened_dict(
+        {**run.fields, "model.capacity_factor": 0.5}
+    )
+    task = TranslationTask(config)
+    prepared = task.prepare(str(run.workdir))
+    scorer = task.build(prepared)
+    kept = loop.Kept(task, config, str(run.workdir), scorer)
+    kept.best.restore_latest()
+    whole = task.evaluate(scorer, prepared, "test")
+    assert len(whole) == 2 and lines_that(run.told, whole[0])
+    with clipped_evaluation(scorer):
+        (clipped,) = task.evaluate(scorer, prepared, "test", clipped=True)
+    perplexity = [float(line.split()[3]) for line in (whole[0], clipped)]
+    assert perplexity[1] > perplexity[0]
 
 
 def test_translates_in_order_and_goes_on_over_bad_lines(run):
