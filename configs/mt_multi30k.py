@@ -17,6 +17,7 @@ def get_config(arg="Transformer"):
     if arg == "tiny":
         return mt_demo.get_config("tiny")
     config = mt_demo.get_config(arg)
+    config.data.pairs = "en-de"
     config.data.corpus = "files"
     name = "{path}/%s.lc.norm.tok.{lang}.gz"
     config.data.train = name % "train"

@@ -25,11 +25,9 @@ def train(name, path, workdir):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "lm_demo",
-        pytest.param("lm1b_moe", marks=pytest.mark.slow),  # much the same
-    ],
+    configs_test.LANGUAGE_MODELS,
 )
+@pytest.mark.slow  # `tests/training/mesh_training_test.py` has the demo's
 def test_tiny_form_trains_on_a_mesh(name, tmp_path):
     configs_test.write_benchmark(tmp_path)
     workdir = tmp_path / "run"

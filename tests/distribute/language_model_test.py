@@ -71,6 +71,7 @@ def quick():
     return process.run(train, QUICK)
 
 
+@pytest.mark.slow
 def test_equals_one_device():
     check(quick())
 

@@ -59,6 +59,7 @@ def runs():
     return process.run(train_both_ways, timeout=600)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_equals_one_device(runs, name):
     (losses, variables), (mesh_losses, mesh_variables) = runs[name]

@@ -67,7 +67,14 @@ def evaluate(scorer, data):
     )
 
 
-@pytest.mark.parametrize("name", ["GNMT-MoE-4", "Transformer-MoE-4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "GNMT-MoE-4",
+        # This learns in `tests/trainers/machine_translation_test.py`.
+        pytest.param("Transformer-MoE-4", marks=pytest.mark.slow),
+    ],
+)
 def test_fit_learns_to_copy(name):
     scorer = make(name, k=2, rate=0.03)
     x, y, weights = data = copying(8, 5, seed=0)
@@ -139,7 +146,9 @@ def test_padding_changes_neither_loss_nor_gradients(name, settings):
             np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["GNMT", "Transformer-MoE-4"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("GNMT", marks=pytest.mark.slow), "Transformer-MoE-4"]
+)
 def test_xla_trains_alike(name):
     x, y, weights = copying(4, 6, seed=0)
     losses = []
