@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from moe_tf import files
 from moe_tf.data import lines
 from moe_tf.training import averaging
 from moe_tf.training import expert_report
@@ -151,8 +152,7 @@ def experts(task, config, workdir):
     text, page = expert_report.report(task, scorer, prepared)
     print(text)
     path = os.path.join(workdir, "experts.html")
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(page)
+    files.write(path, page)
     loop.tell(task, f"The same as a page: {path}")
 
 

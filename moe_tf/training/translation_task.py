@@ -43,9 +43,8 @@ class TranslationTask(Task):
         """Refuses a config that cannot be used, before any work is done."""
         _check(self.config)
         self.settings.check()
+        # Makes the model, without weights, so that wrong settings tell.
         meshes.check(self.config, self.variant().layers)
-        # Made once without weights, so that wrong settings tell.
-        self._make_model(vocabulary_size=8)
 
     @property
     def settings(self) -> translator.Settings:
