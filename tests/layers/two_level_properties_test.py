@@ -19,7 +19,7 @@ def run(layer, x_TD, training):
     with tf.GradientTape() as tape:
         tape.watch(x_TD)
         y_TD = layer(x_TD, training=training)
-        total = tf.reduce_sum(tf.sin(y_TD)) + tf.add_n([*layer.losses, 0.0])
+        total = tf.reduce_sum(tf.sin(y_TD)) + sum(layer.losses)
     gradient_TD = tape.gradient(total, x_TD)
     vectors = [np.asarray(vector) for vector in layer.balance.vectors]
     return y_TD.numpy(), float(total), gradient_TD.numpy(), vectors
