@@ -53,15 +53,22 @@ class MeshVariable(dtensor.DVariable):
         return super().assign_sub(self._laid_out(delta), *args, **kwargs)
 
     def scatter_add(self, sparse_delta, use_locking=False, name=None):
-        return self.assign_add(tf.convert_to_tensor(sparse_delta))
+        return self.assign_add(self._dense(sparse_delta))
 
     def scatter_sub(self, sparse_delta, use_locking=False, name=None):
-        return self.assign_sub(tf.convert_to_tensor(sparse_delta))
+        return self.assign_sub(self._dense(sparse_delta))
 
     def scatter_update(self, sparse_delta, use_locking=False, name=None):
         raise NotImplementedError(
             f"Rows of the variable {self.path} cannot be replaced on a mesh: "
             "DTensor cannot lay scatters out. Assign the whole value."
+        )
+
+    def _dense(self, rows):
+        # Of the variable's own length: DTensor cannot cut what `rows` says
+        # of it, a tensor, into shards.
+        return tf.math.unsorted_segment_sum(
+            rows.values, rows.indices, self.shape[0]
         )
 
     def _laid_out(self, value):

@@ -272,26 +272,13 @@ class SparseMoE(keras.layers.Layer):
         axes = sharding.axes()
         if axes is None:
             return None if self.num_groups in (None, 1) else self.num_groups
-        size = axes["batch"]
-        number = self.num_groups or size
         factor = self.capacity_factor if training else self.eval_capacity_factor
-        if self.num_groups is None and size > 1:
-            chooses = self.router.most_tokens(size, training) is not None
-            if factor is not None or chooses:
-                raise ValueError(
-                    f"On a mesh the layer {self.name} needs `num_groups`: "
-                    "groups of tokens decide which are dropped, and the number "
-                    "of devices must not. Give a multiple of the axis batch: "
-                    f"num_groups={size}, say. Received: num_groups=None, "
-                    f"axes={axes}"
-                )
-        if number % size:
-            raise ValueError(
-                f"`num_groups` of the layer {self.name} must be a multiple of "
-                "the mesh's axis batch. "
-                f"Received: num_groups={number}, axes={axes}"
-            )
-        return number
+        chooses = self.router.most_tokens(axes["batch"], training) is not None
+        if branching := getattr(self.router, "branching", None):
+            groups.warn_of_spread_experts(self.name, branching, axes)
+        return groups.number(
+            self.name, self.num_groups, axes, factor is not None or chooses
+        )
 
     def _plan(self, weight_TK, expert_TK, mask_T, training):
         """A plan of all tokens, or with a first axis `G` of its groups."""

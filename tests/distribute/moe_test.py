@@ -2,11 +2,13 @@
 
 import contextlib
 import functools
+import warnings
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.experimental import dtensor
 
 import moe_tf
 from moe_tf import plans
@@ -188,6 +190,47 @@ def test_with_an_expert_axis_tokens_are_gathered_over_it_alone():
         share = slots_of(CASES["switch"], 8 * length) * 8 * 4 // 2
         assert {op.bytes for op in gathered} == {share}
         assert len(gathered) == 2  # the answers, the tokens' gradients
+
+
+def experts_of_devices(axes, branchings):
+    """By branching: ids of the experts of each device, and warnings."""
+    strategy = moe_tf.MeshStrategy(dict(axes))
+    found = {}
+    for branching in branchings:
+        with strategy.scope():
+            model = keras.Sequential([keras.Input((3, 8))])
+            layer = moe_tf.SparseMoE(
+                8, 12, k=1, num_groups=4, branching=branching
+            )
+            model.add(layer)
+            model.compile("sgd", "mse", jit_compile=False)
+        kernel = layer.experts.in_EDF
+        ids_E = np.arange(8, dtype="float32")[:, None, None]
+        strategy.assign(kernel, np.broadcast_to(ids_E, kernel.shape))
+        parts = dtensor.unpack(kernel.value.read_value())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model.predict(np.ones((8, 3, 8)), verbose=0)
+        told = [str(w.message) for w in caught]
+        told = [text for text in told if "spread over devices" in text]
+        found[branching] = [part.numpy()[:, 0, 0] for part in parts], told
+    return found
+
+
+@pytest.mark.parametrize("axes", [BATCH_4, TWO_AXES], ids=str)
+def test_the_experts_of_a_group_lie_on_one_device(axes):
+    found = process.run(experts_of_devices, axes, ((4, 2), (2, 4), (1, 8)))
+    size = axes[-1][1]
+    for branching, (parts, told) in found.items():
+        places = [set() for _ in range(branching[0])]
+        for part in parts:
+            for expert in part:
+                places[int(expert) // branching[1]].add(tuple(part))
+        whole = all(len(holders) == 1 for holders in places)
+        assert whole == (branching[0] >= size), branching
+        assert bool(told) == (not whole), told
+        for text in told:
+            assert f"branching={branching}" in text
 
 
 def refused():
