@@ -42,7 +42,7 @@ def get_config(arg="MoE-32"):
         # Most words known, four specials included; the rest is <UNK>.
         "vocabulary_size": 1000 if tiny else 16_000,
         # Longer sentences are skipped, and counted.
-        "max_words": 20 if tiny else 100,
+        "max_words": 9 if tiny else 100,
         # Words a batch, padding included.
         "batch_words": 256 if tiny else 2048,
         # Sentences held to mix them.

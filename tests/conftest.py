@@ -25,3 +25,9 @@ hypothesis.settings.load_profile(
 @pytest.fixture(autouse=True)
 def same_draws_every_run():
     keras.utils.set_random_seed(1)
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first, so that no worker is left with one at the end."""
+    long = ("tests/trainers/", "tests/training/", "tests/distribute/")
+    items.sort(key=lambda item: not item.nodeid.startswith(long))

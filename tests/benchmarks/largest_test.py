@@ -6,7 +6,10 @@ import pytest
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("flags", [(), ("--capacity_factor=2",)])
+@pytest.mark.parametrize(
+    "flags",
+    [("--capacity_factor=2",), pytest.param((), marks=pytest.mark.slow)],
+)
 def test_trains_and_tells_what_it_took(flags):
     result = subprocess.run(
         [

@@ -21,6 +21,7 @@ def test_a_row_grows_its_own_process_whatever_this_one_holds(large_parent):
     assert 64 * MIB <= got < 400 * MIB
 
 
+@pytest.mark.slow
 def test_more_experts_take_more():
     setting = ways.Setting(tokens=8, width=512, hidden=2048, k=1)
     few, many = (

@@ -297,7 +297,7 @@ def test_the_formula_counts_real_batches(sotu_prepared, split):
 
 @hypothesis.settings(
     deadline=None,
-    max_examples=10,
+    max_examples=6,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 @hypothesis.given(

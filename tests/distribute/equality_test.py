@@ -47,7 +47,10 @@ OPTIMIZERS = {
 
 # Those that are much like another, or that the test of the language model
 # has, wait for the slow test.
-SIMILAR = ("adamw", "adagrad", "clipnorm", "clipvalue", "sgd")
+SIMILAR = (
+    *("adamw", "adagrad", "clipnorm", "clipvalue", "global_clipnorm"),
+    *("factored_adam_beta_1", "rmsprop", "sgd"),
+)
 MAIN = tuple(name for name in OPTIMIZERS if name not in SIMILAR)
 TWO_AXES = (("batch", 2), ("expert", 2))
 MESHES = {

@@ -61,7 +61,9 @@ def check(found):
         assert losses[-1] < losses[0] - 0.5, key  # It learns.
         if key[1][1] != "batchwise":  # That never drops.
             assert dropped > 0.02, key
-        assert apart["loss"] < 1e-5, (key, apart)
+        # Of about 6; SGD with its large steps is the furthest, also on a mesh
+        # of one device.
+        assert apart["loss"] < 3e-5, (key, apart)
         assert apart["weights_share"] < 2e-4, (key, apart)
         assert apart["slots_share"] < 2e-4, (key, apart)
 

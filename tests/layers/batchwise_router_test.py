@@ -259,7 +259,10 @@ def test_at_inference_a_token_does_not_depend_on_its_batch():
 
 @pytest.mark.parametrize(
     "make_optimizer,peak",
-    [(keras.optimizers.Adam, 0.01), (keras.optimizers.SGD, 0.1)],
+    [
+        (keras.optimizers.Adam, 0.01),
+        pytest.param(keras.optimizers.SGD, 0.1, marks=pytest.mark.slow),
+    ],
 )
 def test_thresholds_reach_the_quantiles_of_a_fixed_gate(make_optimizer, peak):
     # p = k / n = 1/4 of the tokens should pass. In a batch of B = 2048 the

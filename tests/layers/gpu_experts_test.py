@@ -73,8 +73,17 @@ def batch(dtype="float32", masked=True):
     return tf.cast(x_TD, dtype), tf.constant(mask_T)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    "name,recompute",
+    [
+        *((name, False) for name in SETTINGS if name != "dropless"),
+        ("dropless", True),
+        *(
+            pytest.param(name, name != "dropless", marks=pytest.mark.slow)
+            for name in SETTINGS
+        ),
+    ],
+)
 def test_it_gives_what_tensorflows_products_give(as_on_a_gpu, name, recompute):
     settings = {"recompute": recompute, **SETTINGS[name]}
     arguments = batch()

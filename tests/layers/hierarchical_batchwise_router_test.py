@@ -100,7 +100,9 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize(
+    "jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("branching,k,num_tokens,masked", SIZES)
 def test_matches_the_numpy_oracle(
     branching, k, num_tokens, masked, jit_compile
@@ -263,6 +265,7 @@ def test_a_broken_token_shows_and_stays_alone(jit_compile):
         assert np.isnan(losses).all()
 
 
+@pytest.mark.slow
 def test_thresholds_reach_the_quantiles_of_fixed_gates():
     # 4096 tokens a batch: 2048 to each group, 1024 to each expert, which
     # stray by sqrt(1 / 2 / 1024) = 2.2 %, less over the last tens of batches

@@ -118,7 +118,9 @@ def test_expected_load_is_near_the_number_of_tokens():
     np.testing.assert_allclose(load_E, assigned_E, atol=5 * 20_000**0.5 / 2)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize(
+    "jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("branching,k", [((3, 4), 2), ((2, 3), 1), ((2, 2), 2)])
 def test_gradients_match_finite_differences(branching, k, masked, jit_compile):

@@ -43,8 +43,17 @@ def functional():
     return keras.Model(inputs, keras.layers.add([inputs, hidden]))
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize("make", [sequential, functional, Subclassed])
+@pytest.mark.parametrize(
+    "make,jit_compile",
+    [
+        (sequential, False),
+        (functional, True),
+        (Subclassed, False),
+        pytest.param(sequential, True, marks=pytest.mark.slow),
+        pytest.param(functional, False, marks=pytest.mark.slow),
+        pytest.param(Subclassed, True, marks=pytest.mark.slow),
+    ],
+)
 def test_fits_in_any_keras_model_and_logs_its_balance(make, jit_compile):
     model = make()
     optimizer = keras.optimizers.Adam(0.02)

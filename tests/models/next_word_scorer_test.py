@@ -59,7 +59,11 @@ def evaluate(scorer, data, **kwargs):
 
 @pytest.mark.parametrize(
     "variant,num_sampled",
-    [("LSTM-2048-512", None), ("MoE-4", None), ("MoE-8", 15)],
+    [
+        ("LSTM-2048-512", None),
+        ("MoE-8", 15),
+        pytest.param("MoE-4", None, marks=pytest.mark.slow),
+    ],
 )
 def test_fit_reaches_the_entropy_of_the_text(variant, num_sampled):
     rate = keras.optimizers.schedules.CosineDecay(0.02, decay_steps=6 * 32)

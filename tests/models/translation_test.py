@@ -303,6 +303,7 @@ def test_settings_reach_every_mixture(name):
     assert float(sum(none.losses, 0.0)) == 0
 
 
+@pytest.mark.slow
 def test_strictly_balanced_experts_of_two_levels_train():
     # The paper's models of one language pair.
     model = translation.make(

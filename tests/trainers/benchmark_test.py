@@ -96,6 +96,7 @@ def test_prints_every_row_and_what_it_costs():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_compiled_by_xla_in_bfloat16():
     setting, rows, rest = printed(
         "--experts=2", "--ways=grouped,capacity:1.0", "--jit_compile",
@@ -113,6 +114,7 @@ def test_compiled_by_xla_in_bfloat16():
     assert [line.split(":")[0] for line in rest] == ["memory", "2 experts"]
 
 
+@pytest.mark.slow
 def test_memory_is_measured_when_asked():
     _, rows, _ = printed("--experts=2", "--ways=grouped", "--memory")
     assert list(rows) == [("dense", "-"), ("grouped", "2")]

@@ -104,11 +104,6 @@ def test_dry_run_writes_nothing(tmp_path):
     [
         ("--config.train.steps=5", "`train.steps` must be a multiple"),
         ("--config.model.variant=MoE-x", "MoE-x"),
-        ("--config.data.batch_words=0", "`data.batch_words`"),
-        ("--config.sample.num_sentences=0", "`sample.num_sentences`"),
-        ("--config.seed=-1", "`seed`"),
-        ("--config.dtype_policy=float31", "`dtype_policy`"),
-        ("--config.model.dropout=1.0", "`model.dropout`"),
     ],
 )
 def test_bad_fields_are_named_before_anything_is_done(
@@ -135,10 +130,9 @@ def test_a_run_that_could_not_begin_leaves_the_workdir_free(tmp_path):
         text.write_text("a b c d .\n" * 50)
         files.append(f"--config.data.{split}={text}")
     workdir = tmp_path / "run"
-    for field, value in (("corpus", "none"), ("train", "none.txt")):
-        result = run(workdir, *files, f"--config.data.{field}={value}")
-        assert result.returncode == 1
-        assert f"`data.{field}`" in result.stderr.decode()
+    result = run(workdir, *files, "--config.data.train=none.txt")
+    assert result.returncode == 1
+    assert "`data.train`" in result.stderr.decode()
     result = run(workdir, *files)
     assert result.returncode == 0, result.stderr.decode()
 
@@ -222,6 +216,7 @@ def test_interrupt_says_how_to_go_on(tmp_path):
     assert b"same command" in told and b"Traceback" not in told
 
 
+@pytest.mark.slow  # `lost_process_test.py` changes the mesh, too.
 def test_a_run_begins_on_a_mesh_and_goes_on_on_another(tmp_path):
     short = ("--config.data.max_words=9", "--config.train.evaluate_every=1")
     meshes = (

@@ -134,6 +134,7 @@ def test_evaluate_repeats_what_training_told(run):
     assert len(lines_that(again, "validation en-de: ")) == 2
 
 
+@pytest.mark.slow
 def test_evaluate_tells_what_drops_would_cost(run):
     with pytest.raises(ValueError, match="model.capacity_factor: null"):
         run.call("evaluate", **{"model.capacity_factor": 0.5})

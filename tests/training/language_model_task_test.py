@@ -57,13 +57,17 @@ def test_the_dry_run_counts_the_optimizers_state(prepared, name, kind):
         ("model.gating", "switch", "`k` must be 1.*k=3"),
         ("model.gating", "expert_choice", "later words.*=expert_choice"),
         ("model.variant", "MoE-2x3-h", "`k` .*k=3"),
+        ("data.batch_words", 0, "`data.batch_words`"),
+        ("sample.num_sentences", 0, "`sample.num_sentences`"),
+        ("dtype_policy", "float31", "`dtype_policy`"),
+        ("model.dropout", 1.0, "`model.dropout`"),
+        ("seed", -1, "`seed`"),
     ],
 )
 def test_wrong_choices_are_refused_before_any_work(field, value, message):
     config = lm_demo.get_config("tiny")
     config.model.k = 3
-    group, name = field.split(".")
-    config[group][name] = value
+    config.update_from_flattened_dict({field: value})
     with pytest.raises(ValueError, match=message):
         LanguageModelTask(config)
 
@@ -95,6 +99,7 @@ def test_the_dry_run_says_what_is_not_kept():
     assert told == [False, True]
 
 
+@pytest.mark.slow
 def test_two_levels_with_drops_train_and_are_evaluated_both_ways(
     tmp_path, capsys
 ):
@@ -143,6 +148,7 @@ def test_model_fields_reach_the_layers(prepared, num_sampled, capacity_factor):
     )
 
 
+@pytest.mark.slow
 def test_mixed_bfloat16_scores_as_float32_does(prepared):
     perplexities = []
     for policy in ("float32", "mixed_bfloat16"):

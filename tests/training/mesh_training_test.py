@@ -24,12 +24,13 @@ TWO = (("batch", 2),)
 FOUR = (("batch", 4),)
 SQUARE = (("batch", 2), ("expert", 2))
 VARIANTS = {(): (DENSE, MOE), TWO: (MOE,), FOUR: (DENSE, MOE), SQUARE: (MOE,)}
+QUICK = ((FOUR, DENSE), (SQUARE, MOE))
 
 
 def config_of(variant, axes, steps=STEPS):
     """Dropout, sampled softmax, noise, and drops."""
     config = lm_demo.get_config("tiny")
-    config.data.update(max_words=9, batch_words=160, rows_multiple=8)
+    config.data.update(max_words=7, batch_words=160, rows_multiple=8)
     config.model.variant = variant
     if variant == MOE:
         config.model.update(k=2, capacity_factor=1.0, num_groups=4)
@@ -45,12 +46,11 @@ def train(config, strategy, workdir):
     loop.train(task, config, str(workdir))
 
 
-def train_all(axes, folder):
-    """Trains the variants; on one mesh also one with an interruption."""
-    strategy = meshes.strategy(config_of(MOE, axes))
-    for variant in VARIANTS[tuple(axes.items())]:
-        config = config_of(variant, axes)
-        train(config, strategy, pathlib.Path(folder, variant))
+def train_one(axes, variant, folder):
+    """Trains a variant; one also with an interruption."""
+    config = config_of(variant, axes)
+    strategy = meshes.strategy(config)
+    train(config, strategy, pathlib.Path(folder, variant))
     if axes != dict(SQUARE):
         return
     for steps in (STEPS // 2, STEPS):
@@ -63,9 +63,9 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
 
     @functools.cache
-    def run(axes):
+    def run(axes, variant=MOE):
         path = folder / str(axes)
-        process.run(train_all, dict(axes), str(path))
+        process.run(train_one, dict(axes), variant, str(path))
         return path
 
     return run
@@ -96,15 +96,19 @@ def tensors(path):
 @pytest.mark.parametrize(
     "axes,variant",
     [
-        (axes, name)
+        pytest.param(
+            axes,
+            name,
+            marks=[] if (axes, name) in QUICK else pytest.mark.slow,
+            id=f"{axes}-{name}",
+        )
         for axes, names in VARIANTS.items()
         if axes
         for name in names
     ],
-    ids=str,
 )
 def test_equals_one_device(runs, axes, variant):
-    one, mesh = runs(()) / variant, runs(axes) / variant
+    one, mesh = (runs(a, variant) / variant for a in ((), axes))
     want, got = history(one), history(mesh)
     assert len(got) == 2
     assert want[1]["val_loss"] < want[0]["val_loss"]
@@ -146,9 +150,11 @@ def evaluate_on(axes, workdir):
     return figures["perplexity"], task.sample(scorer, prepared), scores
 
 
-@pytest.mark.parametrize("axes", (FOUR, SQUARE), ids=str)
+@pytest.mark.parametrize(
+    "axes", (FOUR, pytest.param(TWO, marks=pytest.mark.slow)), ids=str
+)
 def test_a_run_is_used_on_any_mesh(runs, axes):
-    workdir = str(runs(TWO) / MOE)
+    workdir = str(runs(SQUARE) / MOE)
     want = process.run(evaluate_on, {}, workdir)
     got = process.run(evaluate_on, dict(axes), workdir)
     assert got[0] == pytest.approx(want[0], rel=1e-6)
