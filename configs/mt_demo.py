@@ -46,7 +46,7 @@ def get_config(arg="Transformer-MoE-8"):
         # at the start of the source names the one that is wanted.
         "pairs": "en-de" if tiny else "en-fr",
         # Most wordpieces, learned from both sides, and symbols.
-        "vocabulary_size": 500 if tiny else 6000,
+        "vocabulary_size": 500 if tiny else 4000,
         # Longer sentences are left out of training, and counted.
         "max_pieces": 32 if tiny else 64,
         # Wordpieces a batch and side, padding included; a multiple of 384
@@ -96,7 +96,7 @@ def get_config(arg="Transformer-MoE-8"):
         config.model.num_heads = 2 if tiny else 4
         config.model.feed_forward = 32 if tiny else 256
     config.train = {
-        "steps": 2 if tiny else 1800,
+        "steps": 2 if tiny else 1200,
         # "adam", or "factored_adam": state of under 1 % of an expert's bytes.
         "optimizer": "adam",
         "beta_2": 0.98,
@@ -110,7 +110,7 @@ def get_config(arg="Transformer-MoE-8"):
         # Largest norm of the whole gradient; None: not clipped.
         "clip_norm": config_dict.placeholder(float),
         # Steps between evaluations; the state is saved at each.
-        "evaluate_every": 1 if tiny else 300,
+        "evaluate_every": 1 if tiny else 400,
         # Steps between two points in TensorBoard.
         "log_every": 1 if tiny else 50,
         # Last states kept, besides the best one; `--mode=average` takes the

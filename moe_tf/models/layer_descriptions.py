@@ -88,6 +88,11 @@ class Experts:
         return self.k if self.branching is None else self.k**2
 
 
+def mixtures(layers):
+    """Those of a model's layers that have experts."""
+    return [layer for layer in layers if isinstance(layer, Experts)]
+
+
 @functools.singledispatch
 def layer_shapes(layer, width):
     """Shapes of the kernels of a layer whose input is `width` wide."""

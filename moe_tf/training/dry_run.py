@@ -5,6 +5,7 @@ import math
 from moe_tf import plans
 from moe_tf.data import batching
 from moe_tf.models import language_model_variants as variants
+from moe_tf.models import layer_descriptions
 from moe_tf.training import meshes
 from moe_tf.training import wire
 
@@ -111,7 +112,7 @@ def mesh_rows(
         config: the run's config.
     """
     axes = meshes.axes(config)
-    mixtures = wire.mixtures(variant.layers)
+    mixtures = layer_descriptions.mixtures(variant.layers)
     kernels = wire.kernels(shapes, mixtures, variant.width, axes)
     held = sum(wire.per_device(*kernel, axes) for kernel in kernels)
     state = _STATE_OF_KERNEL[config.train.optimizer]

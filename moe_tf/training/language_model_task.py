@@ -9,6 +9,7 @@ from moe_tf.data import preparation
 from moe_tf.data import vocabulary as vocabularies
 from moe_tf.layers import routers
 from moe_tf.models import language_model_variants as variants
+from moe_tf.models import layer_descriptions
 from moe_tf.models.language_model import LanguageModel
 from moe_tf.models.next_word_scorer import NextWordScorer
 from moe_tf.training import dry_run
@@ -50,11 +51,7 @@ class LanguageModelTask(Task):
     def _check_experts(self) -> None:
         """Makes the routers, without weights, so that wrong settings tell."""
         model = self.config.model
-        mixtures = [
-            layer
-            for layer in self.variant().layers
-            if isinstance(layer, variants.Experts)
-        ]
+        mixtures = layer_descriptions.mixtures(self.variant().layers)
         for layer in mixtures:
             routers.make(
                 layer.num_experts,

@@ -8,7 +8,7 @@ import tensorflow as tf
 from moe_tf import sharding
 from moe_tf.distribute import MeshStrategy
 from moe_tf.distribute import placement
-from moe_tf.models import language_model_variants as variants
+from moe_tf.models import layer_descriptions
 
 # Divides the rows of every batch where a mesh or groups are used. Not the
 # mesh's own size: batches are the same on any mesh.
@@ -54,9 +54,7 @@ def check(config, layers):
         _check_divides("mesh.batch", batch, "model.num_groups", groups)
         _check_divides("model.num_groups", groups, "data.rows_multiple", rows)
     axis = sharding.expert_axis(sizes)
-    mixtures = [
-        layer for layer in layers if isinstance(layer, variants.Experts)
-    ]
+    mixtures = layer_descriptions.mixtures(layers)
     for layer in mixtures:
         _check_divides(
             f"mesh.{axis}", sizes[axis], "experts", layer.num_experts

@@ -10,8 +10,8 @@ from moe_tf import plans
 from moe_tf import sharding
 from moe_tf.distribute import layout_map
 from moe_tf.models import language_model_variants
+from moe_tf.models import layer_descriptions
 from moe_tf.models import translation_variants
-from moe_tf.models.layer_descriptions import Experts
 
 _BYTES = 4  # weights, gradients and, but under 16-bit policies, activations
 
@@ -44,11 +44,6 @@ def kernels(shapes, mixtures, width, axes):
 def per_device(shape, layout, axes):
     """Numbers of a kernel that one device holds."""
     return math.prod(shape) // math.prod(axes[axis] for axis in layout if axis)
-
-
-def mixtures(layers):
-    """Those of a model's layers that have experts."""
-    return [layer for layer in layers if isinstance(layer, Experts)]
 
 
 def sent_for_tokens(layer, width, batch_tokens, config, axes):
@@ -90,7 +85,8 @@ def sent_for_gradients(variant, config, axes):
         others, drawn, gathered = [softmax, *others], 0, words
     else:
         drawn, gathered = sampled * width, 2 * words
-    found = kernels(others, mixtures(variant.layers), width, axes)
+    mixtures = layer_descriptions.mixtures(variant.layers)
+    found = kernels(others, mixtures, width, axes)
     return _sent(_reduced(found, axes) + drawn, gathered, axes)
 
 
@@ -105,7 +101,8 @@ def sent_for_translation_gradients(variant, config, axes):
     )
     if not variant.tie_embeddings:
         shapes = shapes[2:]  # without source and target embedding
-    found = kernels(shapes, mixtures(variant.layers), width, axes)
+    mixtures = layer_descriptions.mixtures(variant.layers)
+    found = kernels(shapes, mixtures, width, axes)
     gathered = 2 * config.data.batch_tokens * width
     return _sent(_reduced(found, axes), gathered, axes)
 

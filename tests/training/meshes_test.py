@@ -4,6 +4,7 @@ import pytest
 
 from configs import lm_demo
 from moe_tf.distribute import collectives
+from moe_tf.models import layer_descriptions
 from moe_tf.training import dry_run
 from moe_tf.training import meshes
 from moe_tf.training import wire
@@ -167,7 +168,7 @@ def what_a_step_sends(workdir):
             wire.sent_for_tokens(
                 layer, variant.width, config.data.batch_words, config, axes
             )
-            for layer in wire.mixtures(variant.layers)
+            for layer in layer_descriptions.mixtures(variant.layers)
         )
         found[name] = ops, told
     return found
