@@ -35,13 +35,13 @@ def number(layer, num_groups, axes, decide):
             f"Give a multiple of the axis batch: num_groups={size}, say. "
             f"Received: num_groups=None, axes={axes}"
         )
-    number = num_groups or size
-    if number % size:
+    chosen = num_groups or size
+    if chosen % size:
         raise ValueError(
             f"`num_groups` of the layer {layer} must be a multiple of the "
-            f"mesh's axis batch. Received: num_groups={number}, axes={axes}"
+            f"mesh's axis batch. Received: num_groups={chosen}, axes={axes}"
         )
-    return number
+    return chosen
 
 
 def warn_of_spread_experts(layer, branching, axes):

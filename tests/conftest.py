@@ -1,4 +1,4 @@
-"""Caps threads, so that several test processes share a small machine."""
+"""What all tests share: few threads, repeatable draws, long files first."""
 
 import os
 

@@ -80,6 +80,15 @@ class LayoutMap(collections.abc.Mapping):
             )
         return next(iter(found.items()), None)
 
+    def unmatched(self, paths):
+        """The keys that are for none of the variables `paths`, in a list."""
+        return [
+            pattern
+            for pattern in self._layouts
+            if pattern not in paths
+            and not any(re.search(pattern, path) for path in paths)
+        ]
+
     def check_axes(self, axes):
         """Raises `ValueError` if a layout names an axis that `axes` has not."""
         for pattern, spec in self._layouts.items():

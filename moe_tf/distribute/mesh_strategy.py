@@ -94,6 +94,7 @@ class MeshStrategy(tf.distribute.Strategy):
         self.axes = meshes.check_axes(axes)
         layout_map = layout_maps.LayoutMap(layout_map)
         layout_map.check_axes(self.axes)
+        self.layout_map = layout_map
         self.mesh = meshes.create(self.axes, device_type, devices)
         peers.agree("a mesh", 0, f"axes={self.axes}, {dict(layout_map)}")
         self.input_context = tf.distribute.InputContext(
@@ -160,8 +161,8 @@ class MeshStrategy(tf.distribute.Strategy):
                 layout than was asked for.
 
         Warns:
-            Large variables that no rule names, and axes that no variable is
-            sharded over.
+            Rules that name no variable, large variables that no rule names,
+            and axes that no variable is sharded over.
         """
         report.check(model, self)
 

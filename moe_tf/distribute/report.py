@@ -54,6 +54,16 @@ def check(model, strategy):
             and row.bytes_per_device > LARGE
         ):
             large.append(str(row))
+    unmatched = strategy.layout_map.unmatched(
+        [variable.path for variable in model.variables]
+    )
+    if unmatched:
+        warnings.warn(
+            "No variable of the model has a path that these keys of the "
+            f"`layout_map` would be found in: {unmatched}; `strategy.summary` "
+            "tells the paths",
+            stacklevel=2,
+        )
     if large and strategy.mesh.size > 1:
         warnings.warn(
             "Every device holds these variables whole; a `layout_map` can "

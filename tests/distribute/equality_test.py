@@ -45,8 +45,7 @@ OPTIMIZERS = {
 }
 
 
-# Those that are much like another, or that the test of the language model
-# has, wait for the slow test.
+# Those that are much like another wait for the slow test.
 SIMILAR = (
     *("adamw", "adagrad", "clipnorm", "clipvalue", "global_clipnorm"),
     *("factored_adam_beta_1", "rmsprop", "sgd"),

@@ -20,6 +20,11 @@ def test_keys_that_agree():
     assert layouts.match("a/kernel")[1] == ("batch",)
 
 
+def test_keys_for_nothing():
+    layouts = LayoutMap({"a/kernel": (None,), "b$": (None,), "c": (None,)})
+    assert layouts.unmatched(["a/kernel", "b/c"]) == ["b$"]
+
+
 def test_keys_that_disagree():
     layouts = LayoutMap({"kernel": ("batch",), "a": (None,)})
     with pytest.raises(ValueError, match="disagree about the variable a/ker"):

@@ -143,7 +143,7 @@ def dense_model():
 
 
 def warned():
-    strategy = MeshStrategy(AXES)
+    strategy = MeshStrategy(AXES, layout_map={"kernle": (None, None)})
     model = make(strategy, "sgd", dense_model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -152,7 +152,8 @@ def warned():
 
 
 def test_what_is_not_sharded_is_named():
-    large, idle = result("warned")
+    unmatched, large, idle = result("warned")
+    assert "['kernle']" in unmatched
     assert "large/kernel  (8, 2097153)  float32  (-, -)  64.000 MiB" in large
     assert "['expert']" in idle
 

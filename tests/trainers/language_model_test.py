@@ -218,7 +218,7 @@ def test_interrupt_says_how_to_go_on(tmp_path):
 
 @pytest.mark.slow  # `lost_process_test.py` changes the mesh, too.
 def test_a_run_begins_on_a_mesh_and_goes_on_on_another(tmp_path):
-    short = ("--config.data.max_words=9", "--config.train.evaluate_every=1")
+    short = ("--config.train.evaluate_every=1",)
     meshes = (
         ("--config.mesh.batch=4",),
         ("--config.mesh.batch=2", "--config.mesh.expert=2"),
