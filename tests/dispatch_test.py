@@ -56,7 +56,7 @@ def kept(expert_TK, num_experts, limit):
 
 
 @pytest.mark.parametrize("way", ["rows", "blocks", "capacity"])
-@hypothesis.settings(max_examples=20, deadline=None)
+@hypothesis.settings(max_examples=10, deadline=None)
 @hypothesis.given(routing=routings(), size=st.integers(1, 4))
 def test_every_kept_assignment_is_computed_once_by_its_expert(
     way, routing, size

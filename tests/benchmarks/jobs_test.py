@@ -1,5 +1,7 @@
 import time
 
+import pytest
+
 from moe_tf.benchmarks import jobs
 
 
@@ -27,6 +29,7 @@ def test_a_failure_keeps_what_came_and_says_why(tmp_path):
     assert "ValueError: It does not fit." in told[-1]
 
 
+@pytest.mark.slow
 def test_what_hangs_is_ended_and_says_where(tmp_path):
     start = time.monotonic()
     error, told = run(tmp_path, "hang", seconds=30)

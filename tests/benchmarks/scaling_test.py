@@ -3,6 +3,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 REPOSITORY = pathlib.Path(__file__).parents[2]
 LINE = (
     r"(\d+) devices: [\d.]+ ms a step; (\d+) all-reduce of ([\d,]+) bytes; "
@@ -10,6 +12,7 @@ LINE = (
 )
 
 
+@pytest.mark.slow
 def test_a_device_sends_the_same_however_many_there_are():
     settings = ["--tokens=16", "--experts=2", "--width=8", "--hidden=4"]
     result = subprocess.run(

@@ -115,6 +115,7 @@ def test_validation_is_a_run_of_its_own_with_means_over_batches(tmp_path):
     assert [value for _, value in dropped] == [0, 0]  # evaluation drops none
 
 
+@pytest.mark.slow
 def test_tags_do_not_grow_with_experts(tmp_path):
     number = []
     for num_experts in (4, 64):

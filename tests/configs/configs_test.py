@@ -120,6 +120,7 @@ def test_experts_of_one_language_pair_are_strictly_balanced(arg, gating):
     assert config.model.gating == gating
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["mt_libreoffice", pytest.param("mt_demo", marks=pytest.mark.slow)]
 )

@@ -36,7 +36,7 @@ CASES = {
     "switch": {"gating": "switch", "capacity_factor": 1.0},
     "softmax": {"gating": "softmax_top_k", "k": 2, "z_loss_weight": 0.1},
 }
-QUICK = ("two_levels", "batchwise", "by_value")
+QUICK = ("two_levels", "by_value")
 
 
 def train(axes, names):
@@ -108,6 +108,7 @@ def test_training_equals_one_device():
     compare([TWO_AXES], QUICK)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_device():
     wanted = alone(QUICK)
     cluster = process.start_cluster(train, BATCH_4, QUICK)

@@ -99,7 +99,10 @@ def test_it_gives_what_tensorflows_products_give(as_on_a_gpu, name, recompute):
         np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    ["bfloat16", pytest.param("mixed_bfloat16", marks=pytest.mark.slow)],
+)
 def test_a_program_of_its_own_in_bfloat16(as_on_a_gpu, dtype):
     seen = []
     for policy in ("float32", dtype):

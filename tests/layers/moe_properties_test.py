@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from moe_tf.layers import moe
 from tests.reference import batchwise as reference
 
-few = hypothesis.settings(max_examples=8, deadline=None)
+few = hypothesis.settings(max_examples=6, deadline=None)
 WIDTH = 3
 
 

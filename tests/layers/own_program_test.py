@@ -74,6 +74,7 @@ def test_it_gives_what_the_plain_layer_gives(name, capacity_factor, masked):
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_a_functional_model_trains_the_same_and_logs_the_same():
     ids_BL = np.random.default_rng(0).integers(0, 9, (12, 7))
     seen = []

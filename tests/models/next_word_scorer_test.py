@@ -164,6 +164,7 @@ def test_same_seed_trains_the_same():
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_trains_under_xla():
     scorer = make("MoE-8", jit_compile=True, num_sampled=10)
     x, y, weights = markov_text(8, 6, seed=0)
@@ -172,6 +173,7 @@ def test_trains_under_xla():
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_trains_in_mixed_precision():
     x, y, weights = markov_text(64, 6, seed=0)
     results = []

@@ -121,6 +121,7 @@ def test_memory_is_measured_when_asked():
     assert all(int(cells[7]) > 0 for cells in rows.values())
 
 
+@pytest.mark.slow
 def test_all_experts_are_skipped_with_a_reason_where_they_are_too_large():
     # Hidden and output of 32 tokens x 8 experts, twice: 48 KiB.
     _, rows, rest = printed(

@@ -39,6 +39,7 @@ def test_killed_run_ends_with_the_same_bits(finished, tmp_path):
     assert told[-5].startswith("test perplexity")
 
 
+@pytest.mark.slow
 def test_damaged_newest_checkpoint_falls_back(finished, tmp_path):
     subprocess.run(["cp", "-r", f"{finished[0]}/.", tmp_path], check=True)
     (data,) = tmp_path.glob("checkpoints/last/step-00000006/variables.data*")
@@ -123,6 +124,7 @@ def test_a_field_that_does_not_exist_is_named(tmp_path):
     assert 'Did you mean "steps"' in result.stderr.decode()
 
 
+@pytest.mark.slow
 def test_a_run_that_could_not_begin_leaves_the_workdir_free(tmp_path):
     files = ["--config.data.corpus=files"]
     for split in ("train", "validation", "test"):
@@ -184,6 +186,7 @@ def test_full_disk_leaves_the_last_good_checkpoint(finished, tmp_path):
     assert not list(tmp_path.glob("checkpoints/last/*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_a_bar(tmp_path):
     leader, follower = os.openpty()
     process = subprocess.Popen(

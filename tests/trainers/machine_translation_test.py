@@ -170,6 +170,7 @@ def test_translates_in_order_and_goes_on_over_bad_lines(run):
     assert alone == told[5:6]
 
 
+@pytest.mark.slow
 def test_files_are_translated_too(run, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("\n".join(sources()[:2]))
@@ -315,6 +316,7 @@ def test_wrong_settings_are_named(run, field, value, message):
         run.call(mode, sources()[0], **{field: value})
 
 
+@pytest.mark.slow
 def test_the_command_line_translates(trained):
     trainer, finished = trained
     result = trainer.run(

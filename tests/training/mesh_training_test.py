@@ -150,9 +150,8 @@ def evaluate_on(axes, workdir):
     return figures["perplexity"], task.sample(scorer, prepared), scores
 
 
-@pytest.mark.parametrize(
-    "axes", (FOUR, pytest.param(TWO, marks=pytest.mark.slow)), ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", (FOUR, TWO), ids=str)
 def test_a_run_is_used_on_any_mesh(runs, axes):
     workdir = str(runs(SQUARE) / MOE)
     want = process.run(evaluate_on, {}, workdir)

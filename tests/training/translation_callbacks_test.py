@@ -24,6 +24,7 @@ def workdir(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_the_board_has_scores_and_examples_of_each_pair(workdir):
     board = event_accumulator.EventAccumulator(str(workdir / "validation"))
     board.Reload()

@@ -94,7 +94,9 @@ def go_on_elsewhere(make_model, directory, pipe):
     pipe.send(values_of(model))
 
 
-@pytest.mark.parametrize("make_model", [Tower, functional])
+@pytest.mark.parametrize(
+    "make_model", [functional, pytest.param(Tower, marks=pytest.mark.slow)]
+)
 def test_a_restored_run_goes_on_bit_for_bit(tmp_path, make_model):
     first = build(make_model)
     train(first, 0, 3)
