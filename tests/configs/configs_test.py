@@ -121,9 +121,7 @@ def test_experts_of_one_language_pair_are_strictly_balanced(arg, gating):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["mt_libreoffice", pytest.param("mt_demo", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name", ["mt_demo", "mt_libreoffice"])
 def test_tiny_form_of_translation_trains_two_steps(name, tmp_path, capsys):
     config = config_of(name, "tiny")
     config.data.update(small_text.write(tmp_path))
