@@ -37,6 +37,13 @@ def get_config(arg="Transformer"):
     config.train.steps = 8000
     config.train.learning_rate = 5e-3
     config.train.warmup_steps = 2000
+    if arg.startswith("GNMT"):
+        config.model.dropout = 0.2
+        # GNMT's own; with the paper's, attention is found later.
+        config.model.attention_form = "sum"
+        config.train.steps = 2000
+        config.train.learning_rate = 4e-3
+        config.train.warmup_steps = 400
     config.train.evaluate_every = 200
     config.train.keep_checkpoints = 10
     config.translate.beam_size = 5

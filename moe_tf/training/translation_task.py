@@ -291,3 +291,10 @@ def _check(config):
     )
     fields.one_of("translate.output", config.translate.output, OUTPUTS)
     checks.at_least("data.batch_tokens", config.data.batch_tokens, 8)
+    if config.train.jit_compile and config.model.variant.startswith("GNMT"):
+        raise ValueError(
+            "`train.jit_compile` is for Transformers: XLA cannot compile the "
+            "gradient of a GNMT's loops for batches of several lengths. "
+            f"Received: train.jit_compile={config.train.jit_compile}, "
+            f"model.variant={config.model.variant}"
+        )

@@ -316,6 +316,13 @@ def test_wrong_settings_are_named(run, field, value, message):
         run.call(mode, sources()[0], **{field: value})
 
 
+def test_a_gnmt_is_not_compiled():
+    config = mt_demo.get_config("GNMT-MoE-4")
+    config.train.jit_compile = True
+    with pytest.raises(ValueError, match="`train.jit_compile` is for Transf"):
+        TranslationTask(config).check()
+
+
 @pytest.mark.slow
 def test_the_command_line_translates(trained):
     trainer, finished = trained
