@@ -70,11 +70,23 @@ def train(
     return sum(layer.experts.count_params() for layer in moes), losses
 
 
-def on_gpu(share, num_layers=4, width=1024, hidden=4096):
+def divide(num_parameters, width, hidden):
+    """Layers and experts of each, of so many parameters in all or a few less.
+
+    Ops of arrays of 2^31 entries are not all of them right on a GPU, so no
+    kernel has as many.
+    """
+    of_kernel = width * hidden
+    num_experts = num_parameters // (2 * of_kernel)
+    num_layers = -(-num_experts // ((2**31 - 1) // of_kernel))
+    return num_layers, num_experts // num_layers
+
+
+def on_gpu(share, width=1024, hidden=4096):
     """As many experts as fit a share of what TensorFlow may use of a GPU.
 
-    Weights and gradients are counted, 8 bytes a parameter. Several layers,
-    since ops of arrays of 2^31 entries are not all of them right.
+    Weights are counted, 4 bytes a parameter; of gradients, those of one layer
+    are there at a time.
 
     Yields:
         dict
@@ -84,8 +96,7 @@ def on_gpu(share, num_layers=4, width=1024, hidden=4096):
         for device in device_lib.list_local_devices()
         if device.device_type == "GPU"
     ]
-    size = 2 * width * hidden * num_layers * 8  # of an expert in each layer
-    num_experts = int(share * limits[0] / size)
+    num_layers, num_experts = divide(int(share * limits[0] / 4), width, hidden)
     parameters, losses = train(
         num_experts,
         width=width,

@@ -4,6 +4,8 @@ import sys
 
 import pytest
 
+from moe_tf.benchmarks import largest
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
@@ -29,3 +31,11 @@ def test_trains_and_tells_what_it_took(flags):
     first, last = map(float, re.search(r"loss (\S+) to (\S+),", told).groups())
     assert last < first
     assert 0.1 < float(re.search(r"peak (\S+) GiB", told)[1]) < 4
+
+
+@pytest.mark.parametrize("number", [2**23, 10**9, 17 * 10**9, 10**11])
+def test_layers_whose_kernels_have_fewer_than_2_31_entries(number):
+    layers, experts = largest.divide(number, 1024, 4096)
+    assert experts * 1024 * 4096 < 2**31
+    used = layers * experts * 2 * 1024 * 4096
+    assert 0 <= number - used < layers * 2 * 1024 * 4096 + 2 * 1024 * 4096
