@@ -2,13 +2,17 @@
 
 Devices of a mesh must be there before TensorFlow starts, and an error inside
 a DTensor op spoils all later ones of the process.
+
+The processes are forks of one that has imported TensorFlow, which takes
+longer than most of what they do, and has not started it.
 """
 
+import atexit
 import importlib
+import multiprocessing
 import os
 import pathlib
 import pickle
-import subprocess
 import sys
 import tempfile
 import time
@@ -16,6 +20,14 @@ import time
 from trainers import launch
 
 ROOT = pathlib.Path(__file__).parents[2]
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(
+    [
+        "moe_tf",
+        "moe_tf.training.language_model_task",
+        "moe_tf.training.translation_task",
+    ]
+)
 
 
 class Failed(Exception):
@@ -39,32 +51,37 @@ class Process:
         self._folder = tempfile.TemporaryDirectory()
         self._call = pathlib.Path(self._folder.name, "call")
         self._call.write_bytes(pickle.dumps(call))
-        self._printed = open(pathlib.Path(self._folder.name, "printed"), "w+b")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(self._call)],
-            cwd=ROOT,
-            env=env,
-            stdout=self._printed,
-            stderr=subprocess.STDOUT,
+        self._printed = pathlib.Path(self._folder.name, "printed")
+        self._printed.touch()
+        self._process = _FORKS.Process(
+            target=_call, args=(self._call, self._printed, env)
         )
+        self._process.start()
 
     def printed(self):
-        return pathlib.Path(self._printed.name).read_text(errors="replace")
+        return self._printed.read_text(errors="replace")
 
     def wait_until_printed(self, text, seconds=120):
         """Returns when the process has printed `text`."""
         end = time.monotonic() + seconds
         while text not in self.printed():
-            if self._process.poll() is not None or time.monotonic() > end:
+            if not self._process.is_alive() or time.monotonic() > end:
                 raise Failed(self.printed())
             time.sleep(0.05)
 
     def signal(self, number):
-        self._process.send_signal(number)
+        os.kill(self._process.pid, number)
 
     def wait(self, seconds=300):
-        """The exit code; `TimeoutExpired` if it has not ended by then."""
-        return self._process.wait(seconds)
+        """The exit code.
+
+        Raises:
+            TimeoutError: it has not ended by then.
+        """
+        self._process.join(seconds)
+        if self._process.is_alive():
+            raise TimeoutError(f"after {seconds} s\n{self.printed()}")
+        return self._process.exitcode
 
     def result(self, seconds=300):
         """What the function returned; must be picklable.
@@ -79,8 +96,7 @@ class Process:
 
     def close(self):
         self._process.kill()
-        self._process.wait()
-        self._printed.close()
+        self._process.join()
         self._folder.cleanup()
 
 
@@ -99,12 +115,15 @@ def start_cluster(function, *args, number=2):
     return [Process(function, *args, env=place) for place in places]
 
 
-def main(path):
-    path = pathlib.Path(path)
-    module, name, args = pickle.loads(path.read_bytes())
+def _call(call, printed, env):
+    """What a `Process` does."""
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(ROOT)
+    for stream in (sys.stdout, sys.stderr):
+        with open(printed, "ab") as file:
+            os.dup2(file.fileno(), stream.fileno())
+    module, name, args = pickle.loads(call.read_bytes())
     function = getattr(importlib.import_module(module), name)
-    path.write_bytes(pickle.dumps(function(*args)))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    call.write_bytes(pickle.dumps(function(*args)))
+    atexit._run_exitfuncs()  # multiprocessing leaves these out.
