@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import pathlib
 import pickle
+import runpy
 import sys
 import tempfile
 import time
@@ -68,6 +69,9 @@ class Process:
             if not self._process.is_alive() or time.monotonic() > end:
                 raise Failed(self.printed())
             time.sleep(0.05)
+
+    def is_alive(self):
+        return self._process.is_alive()
 
     def signal(self, number):
         os.kill(self._process.pid, number)
@@ -125,5 +129,18 @@ def _call(call, printed, env):
             os.dup2(file.fileno(), stream.fileno())
     module, name, args = pickle.loads(call.read_bytes())
     function = getattr(importlib.import_module(module), name)
-    call.write_bytes(pickle.dumps(function(*args)))
-    atexit._run_exitfuncs()  # multiprocessing leaves these out.
+    try:
+        call.write_bytes(pickle.dumps(function(*args)))
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing leaves these out.
+
+
+def program(module, arguments, streams):
+    """`python -m module *arguments` with these files as standard streams."""
+    for number, path in enumerate(streams):
+        file = os.open(path, os.O_RDWR | os.O_CREAT)
+        os.dup2(file, number)
+        os.close(file)
+    sys.stdin = open(0, closefd=False)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)

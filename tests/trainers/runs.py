@@ -1,15 +1,19 @@
 """Runs of a trainer as users start them, killed or not, and their states."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
 import tensorflow as tf
+
+from tests.distribute import process
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 
@@ -39,17 +43,14 @@ class Trainer:
             *flags,
         ]
 
-    def run(self, workdir, *flags, stdin=None):
-        """Runs to the end."""
-        return subprocess.run(
-            self.command(workdir, *flags),
-            cwd=REPOSITORY,
-            input=stdin,
-            capture_output=True,
-            timeout=300,
-        )
+    def run(self, workdir, *flags, stdin=b""):
+        """Runs to the end; gives a `subprocess.CompletedProcess`."""
+        with self._start(workdir, flags, stdin) as (started, streams):
+            code = started.wait()
+            told = [path.read_bytes() for path in streams[1:]]
+        return subprocess.CompletedProcess(flags, code, *told)
 
-    def succeed(self, workdir, *flags, stdin=None):
+    def succeed(self, workdir, *flags, stdin=b""):
         """Runs to the end, and returns what was printed, in lines."""
         result = self.run(workdir, *flags, stdin=stdin)
         assert result.returncode == 0, result.stderr.decode()
@@ -57,18 +58,29 @@ class Trainer:
 
     def kill_at(self, workdir, moment):
         """Starts, and kills as soon as `moment(workdir)`."""
-        process = subprocess.Popen(
-            self.command(workdir),
-            cwd=REPOSITORY,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        deadline = time.monotonic() + 200
-        while process.poll() is None and not moment(workdir):
-            assert time.monotonic() < deadline
-            time.sleep(0.0005)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        with self._start(workdir) as (started, _):
+            deadline = time.monotonic() + 200
+            while started.is_alive() and not moment(workdir):
+                assert time.monotonic() < deadline
+                time.sleep(0.0005)
+            started.signal(signal.SIGKILL)
+            assert started.wait() == -signal.SIGKILL
+
+    @contextlib.contextmanager
+    def _start(self, workdir, flags=(), stdin=b""):
+        """A fork that is the program, and its standard streams."""
+        arguments = self.command(workdir, *flags)[3:]
+        with tempfile.TemporaryDirectory() as folder:
+            names = ("stdin", "stdout", "stderr")
+            streams = [pathlib.Path(folder, name) for name in names]
+            streams[0].write_bytes(stdin)
+            started = process.Process(
+                process.program, self.module, arguments, streams
+            )
+            try:
+                yield started, streams
+            finally:
+                started.close()
 
 
 def saved(step):
