@@ -44,26 +44,41 @@ def number(layer, num_groups, axes, decide):
     return chosen
 
 
-def warn_of_spread_experts(layer, branching, axes):
-    """Warns where the experts of a group lie on several devices.
+def spread(branching, axes):
+    """Says that the experts of a group lie on several devices.
 
     In appendix B of the paper each group has a device, so that what the
     secondary gate chooses is computed where the token has been sent.
 
     Args:
-        layer: str, its name.
         branching: pair of ints, groups and experts in each.
         axes: dict from axis to size.
+
+    Returns:
+        The end of a sentence about them; None where each lies on one.
     """
     axis = sharding.expert_axis(axes)
-    if branching[0] % axes[axis]:
-        nearest = sharding.nearest_sizes(branching[0], axes[axis])
+    if branching[0] % axes[axis] == 0:
+        return None
+    nearest = sharding.nearest_sizes(branching[0], axes[axis])
+    return (
+        f"spread over devices; each lies on one where the axis `{axis}` "
+        f"divides branching[0], {axis}={nearest} say. "
+        f"Received: branching={branching}, axes={axes}"
+    )
+
+
+def warn_of_spread_experts(layer, branching, axes):
+    """Warns where the experts of a group lie on several devices.
+
+    Args:
+        layer: str, its name.
+        branching, axes: as for `spread`.
+    """
+    told = spread(branching, axes)
+    if told is not None:
         warnings.warn(
-            f"Groups of experts of the layer {layer} are spread over devices; "
-            f"each lies on one where the axis `{axis}` divides branching[0], "
-            f"{axis}={nearest} say. Received: branching={branching}, "
-            f"axes={axes}",
-            stacklevel=2,
+            f"Groups of experts of the layer {layer} are {told}", stacklevel=2
         )
 
 

@@ -39,12 +39,15 @@ def check(model, strategy):
     axes, used = strategy.axes, {"batch"}
     large = []
     for variable in _variables(model):
-        actual = dtensor.fetch_layout(variable.read_value()).sharding_specs
-        asked = [axis or dtensor.UNSHARDED for axis in variable.spec]
-        if list(actual) != asked:
+        actual = _layout(variable.read_value())
+        if actual != tuple(variable.spec):
             raise ValueError(
                 f"The variable {variable.path} must be laid out as "
-                f"{variable.spec}. Received: {tuple(actual)}"
+                f"{variable.spec}, and variables keep the layout that they are "
+                "made with. Make the model anew inside "
+                "`with strategy.scope():`; `strategy.fetch` and "
+                "`strategy.assign` carry values over. "
+                f"Received: {actual}"
             )
         used.update(variable.spec)
         row = _row(variable, axes)
@@ -93,6 +96,12 @@ def _variables(model):
             )
         found[id(value)] = value
     return list(found.values())
+
+
+def _layout(tensor):
+    """That of a DTensor, as a tuple of axis names and None."""
+    specs = dtensor.fetch_layout(tensor).sharding_specs
+    return tuple(None if axis == dtensor.UNSHARDED else axis for axis in specs)
 
 
 def _row(variable, axes):

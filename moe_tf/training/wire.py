@@ -9,6 +9,7 @@ import math
 from moe_tf import plans
 from moe_tf import sharding
 from moe_tf.distribute import layout_map
+from moe_tf.layers import column_router
 from moe_tf.models import language_model_variants
 from moe_tf.models import layer_descriptions
 from moe_tf.models import translation_variants
@@ -56,17 +57,23 @@ def sent_for_tokens(layer, width, batch_tokens, config, axes):
     """
     batch, size = axes["batch"], axes[sharding.expert_axis(axes)]
     groups = config.model.num_groups or batch
-    tokens = batch_tokens // groups
-    slots = tokens  # an expert may be chosen by all
-    if config.model.capacity_factor is not None:
-        slots = plans.capacity(
-            tokens * layer.experts_per_word,
-            layer.num_experts,
-            config.model.capacity_factor,
-        )
+    slots = _slots(layer, batch_tokens // groups, config.model.capacity_factor)
     held = groups * layer.num_experts * slots * width * _BYTES // batch
     times = 2 if "expert" in axes else 4
     return times * held * (size - 1) // size
+
+
+def _slots(layer, tokens, capacity_factor):
+    """Slots of a group of tokens at every expert, in training."""
+    if capacity_factor is not None:
+        return plans.capacity(
+            tokens * layer.experts_per_word, layer.num_experts, capacity_factor
+        )
+    if layer.gating == "batchwise":
+        # Experts take equally many, in two levels of those of their group.
+        for number in layer.branching or (layer.num_experts,):
+            tokens = column_router.share(tokens, layer.k, number)
+    return tokens  # an expert may be chosen by all
 
 
 def sent_for_gradients(variant, config, axes):
@@ -103,8 +110,10 @@ def sent_for_translation_gradients(variant, config, axes):
         shapes = shapes[2:]  # without source and target embedding
     mixtures = layer_descriptions.mixtures(variant.layers)
     found = kernels(shapes, mixtures, width, axes)
+    # Besides the kernels, the mean row of the softmax, for label smoothing.
+    reduced = _reduced(found, axes) + width
     gathered = 2 * config.data.batch_tokens * width
-    return _sent(_reduced(found, axes), gathered, axes)
+    return _sent(reduced, gathered, axes)
 
 
 def _reduced(kernels, axes):

@@ -11,16 +11,19 @@ from tests import small_text
 from tests.configs import configs_test
 from tests.distribute import process
 
+FLAGS = {"mesh.batch": 2, "mesh.expert": 2}
 
-def train(name, path, workdir):
-    config = configs_test.config_of(name, "tiny")
-    if config.data.corpus == "lm1b":
-        config.data.path = path
-    config.update_from_flattened_dict({"mesh.batch": 2, "mesh.expert": 2})
-    config.data.max_words = 7  # One length, so one program.
+
+def train(task_class, config, workdir):
     keras.utils.set_random_seed(config.seed)
-    task = LanguageModelTask(config, meshes.strategy(config))
+    task = task_class(config, meshes.strategy(config))
     loop.train(task, config, workdir)
+
+
+def trained(workdir):
+    """Whether two steps were told and saved."""
+    history = (workdir / "history.csv").read_text().splitlines()
+    return len(history) == 3 and any(workdir.glob("checkpoints/last/step-*"))
 
 
 @pytest.mark.parametrize(
@@ -29,53 +32,46 @@ def train(name, path, workdir):
 )
 @pytest.mark.slow  # `tests/training/mesh_training_test.py` has the demo's
 def test_tiny_form_trains_on_a_mesh(name, tmp_path):
-    configs_test.write_benchmark(tmp_path)
+    config = configs_test.config_of(name, "tiny")
+    if config.data.corpus == "lm1b":
+        configs_test.write_benchmark(tmp_path)
+        config.data.path = str(tmp_path)
+    config.update_from_flattened_dict(FLAGS)
+    config.data.max_words = 7  # One length, so one program.
     workdir = tmp_path / "run"
-    process.run(train, name, str(tmp_path), str(workdir))
-    assert len((workdir / "history.csv").read_text().splitlines()) == 3
-    assert list(workdir.glob("checkpoints/last/step-*"))
+    process.run(train, LanguageModelTask, config, str(workdir))
+    assert trained(workdir)
 
 
-def translation(data, workdir, mesh):
-    """Trains two steps; what is told of each, and of the test text."""
-    config = configs_test.config_of("mt_demo", "tiny")
-    config.data.update(data)
-    config.update_from_flattened_dict(
-        {
-            "mesh.batch": mesh,
-            "model.num_groups": 4,
-            "model.capacity_factor": 1.0,
-            "model.encoder_layers": 1,
-            "model.decoder_layers": 1,
-            "model.moe_every": 1,
-            "data.rows_multiple": 8,
-            "data.batch_tokens": 768,
-        }
-    )
-    keras.utils.set_random_seed(config.seed)
-    task = TranslationTask(config, meshes.strategy(config))
-    prepared = task.prepare(workdir)
-    scorer = task.build(prepared)
-    history = scorer.fit(
-        task.batches(prepared, "train"), steps_per_epoch=3, verbose=0
-    )
-    test = scorer.evaluate(
-        task.batches(prepared, "test"),
-        steps=task.num_batches(prepared, "test"),
-        return_dict=True,
-        verbose=0,
-    )
-    return {name: value[0] for name, value in history.history.items()}, test
+# Of one pair of languages the tiny forms are one (`configs_test.py`), so these
+# are the others at its sizes, with experts of every kind.
+SIZES = {
+    "model.width": 16,
+    "data.max_pieces": 32,
+    "data.batch_tokens": 384,
+    "train.steps": 2,
+    "train.evaluate_every": 1,
+    "train.log_every": 1,
+}
+FORMS = {
+    ("mt_demo", "tiny"): {},
+    ("mt_libreoffice", "tiny"): {},
+    ("mt_libreoffice", "MoE"): {"model.encoder_layers": 2},
+    ("mt_multi30k", "GNMT-MoE-8"): {},
+    # Experts that choose tokens do so in groups that no mesh decides.
+    ("mt_wmt14", "GNMT-MoE-4x2-h"): {"model.num_groups": 4},
+    ("mt_wmt14", "GNMT-multi-4"): {},
+}
 
 
-def test_translation_on_a_mesh_equals_one_device(tmp_path):
-    data = small_text.write(tmp_path)
-    got, want = (
-        process.run(translation, data, str(tmp_path / "run"), mesh)
-        for mesh in (2, None)
-    )
-    for found, expected in zip(got, want, strict=True):
-        assert found.keys() == expected.keys()
-        for name, value in expected.items():
-            assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
-    assert got[1]["words"] > 300
+@pytest.mark.parametrize("name,arg", FORMS)
+@pytest.mark.slow  # `tests/training/translation_mesh_test.py` has the models
+def test_translation_trains_on_a_mesh(name, arg, tmp_path):
+    config = configs_test.config_of(name, arg)
+    pairs = "en-de,en-fr" if name == "mt_libreoffice" else "en-de"
+    config.data.update(small_text.write(tmp_path), pairs=pairs)
+    config.data.vocabulary_size = 250  # Few lengths, so few programs.
+    config.update_from_flattened_dict({**SIZES, **FORMS[name, arg], **FLAGS})
+    workdir = tmp_path / "run"
+    process.run(train, TranslationTask, config, str(workdir), timeout=600)
+    assert trained(workdir)

@@ -13,6 +13,8 @@ from tensorflow.experimental import dtensor
 
 from moe_tf import sharding
 from moe_tf.distribute import MeshStrategy
+from moe_tf.distribute import placement
+from moe_tf.distribute import variables
 from tests.distribute import equality_test
 from tests.distribute import models
 from tests.distribute import process
@@ -134,6 +136,33 @@ def made_outside():
 def test_models_made_outside_are_refused():
     with pytest.raises(ValueError, match="Make and compile the model ins"):
         raise result("made_outside")
+
+
+def mislaid():
+    """A kernel lies whole; what the message says to do is done first."""
+    strategy = MeshStrategy(AXES)
+    model, other = make(strategy), make(strategy)
+    kernel, new = (m.get_layer("moe").experts.in_EDF for m in (model, other))
+    layout = placement.layout(strategy.mesh, (None, None, None))
+    wrong = variables.MeshVariable(placement.put(kernel.numpy(), layout))
+    for name in ("path", "spec", "rule"):
+        setattr(wrong, name, getattr(kernel.value, name))
+    kernel._value = wrong  # No assignment changes a layout.
+    strategy.assign(new, strategy.fetch(kernel))
+    strategy.check(other)
+    strategy.check(model)
+
+
+def test_what_is_laid_out_otherwise_is_named():
+    with pytest.raises(ValueError) as raised:
+        raise result("mislaid")
+    assert str(raised.value) == (
+        "The variable moe/experts/expert_in_kernel must be laid out as "
+        "('expert', None, None), and variables keep the layout that they are "
+        "made with. Make the model anew inside `with strategy.scope():`; "
+        "`strategy.fetch` and `strategy.assign` carry values over. "
+        "Received: (None, None, None)"
+    )
 
 
 def dense_model():
@@ -281,6 +310,7 @@ def run_all():
         "lazy": lambda: specs(None, Lazy),
         "own_rules": lambda: specs(OWN_RULES, models.language_model),
         "made_outside": made_outside,
+        "mislaid": mislaid,
         "warned": warned,
         "files": files,
         "assigned": assigned,

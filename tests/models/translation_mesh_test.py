@@ -12,7 +12,7 @@ from moe_tf.models import translation
 from tests.distribute import process
 
 VOCABULARY, STEPS = 20, 2
-# What a Transformer does there, `tests/configs/mesh_test.py` tells.
+# Through the trainer: `tests/training/translation_mesh_test.py`.
 CASES = {
     "GNMT-MoE-4": {"bidirectional": True, "cells": 12, "encoder_layers": 2},
 }

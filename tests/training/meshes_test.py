@@ -1,8 +1,11 @@
 import json
+import warnings
 
 import pytest
 
 from configs import lm_demo
+from configs import mt_demo
+from moe_tf import groups
 from moe_tf.distribute import collectives
 from moe_tf.models import layer_descriptions
 from moe_tf.training import dry_run
@@ -10,6 +13,7 @@ from moe_tf.training import meshes
 from moe_tf.training import wire
 from moe_tf.training import workdir as workdirs
 from moe_tf.training.language_model_task import LanguageModelTask
+from moe_tf.training.translation_task import TranslationTask
 from tests.distribute import process
 
 
@@ -140,6 +144,45 @@ def test_the_dry_run_needs_no_mesh_to_be_there():
     config.model.k = 4
     task = LanguageModelTask(config)
     assert "512 devices" in dry_run.describe(task.variant(), config)
+
+
+def two_levels_of_translation(fields):
+    config = mt_demo.get_config("GNMT-MoE-2x2-h")
+    config.update_from_flattened_dict(fields)
+    return TranslationTask(config)
+
+
+def two_levels_of_words(fields):
+    return LanguageModelTask(
+        config_with({"model.variant": "MoE-2x2-h", **fields})
+    )
+
+
+@pytest.mark.parametrize(
+    "make,number",
+    [(two_levels_of_words, 1), (two_levels_of_translation, 2)],
+)
+@pytest.mark.parametrize(
+    "axes,whole",
+    [
+        ({"batch": 2}, True),
+        ({"batch": 4}, False),
+        ({"batch": 4, "expert": 2}, True),
+        ({"batch": 2, "expert": 4}, False),
+    ],
+)
+def test_the_dry_run_tells_of_spread_groups(make, number, axes, whole):
+    fields = {f"mesh.{axis}": size for axis, size in axes.items()}
+    told = make({"model.k": 1, **fields}).describe()
+    assert told.count("groups of experts") == (0 if whole else number)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        groups.warn_of_spread_experts("moe", (2, 2), axes)
+    # Once built, the layer warns in the same words.
+    words = [str(w.message).partition(" layer moe are ")[2] for w in caught]
+    assert len(words) == (not whole)
+    for text in words:
+        assert told.count(text) == number
 
 
 DENSE = {"mesh.batch": 4, "model.variant": "4xLSTM-512"}
