@@ -48,6 +48,7 @@ class Setting:
         optimizer: name in `OPTIMIZERS`.
         policy: name of a dtype policy.
         steps: int.
+        dropout: that of `LanguageModel`.
     """
 
     variant: str = "MoE-8"
@@ -55,6 +56,7 @@ class Setting:
     optimizer: str = "adam"
     policy: str = "float32"
     steps: int = 20
+    dropout: float = 0.1
 
 
 class Run(typing.NamedTuple):
@@ -111,7 +113,8 @@ def train(strategy, setting, batches, vocabulary_size):
     Args:
         strategy: `MeshStrategy`, or None for one device.
         setting: `Setting`
-        batches: as `read` gives them, `setting.steps` of them.
+        batches: as `read` gives them, `setting.steps` of them; each process
+            of a mesh trains on its own rows.
         vocabulary_size: int
 
     Returns:
@@ -125,11 +128,11 @@ def train(strategy, setting, batches, vocabulary_size):
         with strategy.scope() if strategy else contextlib.nullcontext():
             scorer = _build(setting, vocabulary_size)
         losses, dropped = [], 0.0
-        for inputs, targets, weights in batches[: setting.steps]:
+        for batch in batches[: setting.steps]:
+            if strategy:
+                batch = strategy.own_rows(batch)
             scorer.reset_metrics()
-            logs = scorer.train_on_batch(
-                inputs, targets, weights, return_dict=True
-            )
+            logs = scorer.train_on_batch(*batch, return_dict=True)
             losses.append(logs["loss"])
             dropped = max(dropped, float(logs["moe_dropped_fraction"]))
         return Run(
@@ -149,6 +152,7 @@ def _build(setting, vocabulary_size):
         width=32,
         k=2,
         gating=setting.gating,
+        dropout=setting.dropout,
         capacity_factor=None if setting.gating == "batchwise" else 1.0,
         num_groups=_ROWS,
         num_sampled=64,
