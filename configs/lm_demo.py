@@ -67,7 +67,8 @@ def get_config(arg="MoE-32"):
         # None: every chosen expert computes every token.
         "capacity_factor": config_dict.placeholder(float),
         # Parts of a batch that are routed apart, each with a capacity of its
-        # own: a multiple of `mesh.batch`, which needs it to drop words.
+        # own: a multiple of `mesh.batch`. On a mesh where words may be
+        # dropped, or with batchwise gating, None becomes rows_multiple.
         "num_groups": config_dict.placeholder(int),
         # Hidden activations of experts: computed again in the backward pass
         # instead of kept.

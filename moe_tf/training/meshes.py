@@ -35,7 +35,10 @@ def strategy(config):
 
 
 def check(config, layers):
-    """Refuses what a mesh cannot divide; sets `data.rows_multiple`.
+    """Refuses what a mesh cannot divide; sets what a mesh needs.
+
+    That is `data.rows_multiple`, and `model.num_groups` where words may be
+    dropped or experts choose: which of them must not depend on the mesh.
 
     Args:
         config: its numbers are whole and positive.
@@ -44,8 +47,13 @@ def check(config, layers):
     Raises:
         ValueError: a size does not divide what it must.
     """
-    sizes, groups = axes(config) or {"batch": 1}, config.model.num_groups
+    sizes, model = axes(config) or {"batch": 1}, config.model
     on_mesh = axes(config) is not None
+    mixtures = layer_descriptions.mixtures(layers)
+    chooses = model.capacity_factor is not None or model.gating == "batchwise"
+    if on_mesh and mixtures and chooses and model.num_groups is None:
+        model.num_groups = config.data.rows_multiple or _ROWS
+    groups = model.num_groups
     if config.data.rows_multiple is None and (on_mesh or groups):
         config.data.rows_multiple = _ROWS
     batch, rows = sizes["batch"], config.data.rows_multiple or 1
@@ -54,7 +62,6 @@ def check(config, layers):
         _check_divides("mesh.batch", batch, "model.num_groups", groups)
         _check_divides("model.num_groups", groups, "data.rows_multiple", rows)
     axis = sharding.expert_axis(sizes)
-    mixtures = layer_descriptions.mixtures(layers)
     for layer in mixtures:
         _check_divides(
             f"mesh.{axis}", sizes[axis], "experts", layer.num_experts
@@ -64,16 +71,6 @@ def check(config, layers):
             "`mesh.expert` is for variants with a choice of experts; leave it "
             f"out here. Received: mesh.expert={sizes['expert']}, "
             f"model.variant={config.model.variant}"
-        )
-    model = config.model
-    chooses = model.capacity_factor is not None or model.gating == "batchwise"
-    if on_mesh and mixtures and chooses and groups is None:
-        raise ValueError(
-            "On a mesh `model.capacity_factor` and batchwise gating need "
-            "`model.num_groups`, a multiple of `mesh.batch`: which words are "
-            "dropped must not depend on the mesh. Received: "
-            f"model.capacity_factor={model.capacity_factor}, "
-            f"model.gating={model.gating}, model.num_groups=None"
         )
 
 

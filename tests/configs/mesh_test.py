@@ -58,8 +58,7 @@ FORMS = {
     ("mt_libreoffice", "tiny"): {},
     ("mt_libreoffice", "MoE"): {"model.encoder_layers": 2},
     ("mt_multi30k", "GNMT-MoE-8"): {},
-    # Experts that choose tokens do so in groups that no mesh decides.
-    ("mt_wmt14", "GNMT-MoE-4x2-h"): {"model.num_groups": 4},
+    ("mt_wmt14", "GNMT-MoE-4x2-h"): {},
     ("mt_wmt14", "GNMT-multi-4"): {},
 }
 

@@ -63,14 +63,6 @@ def test_axes(batch, expert, axes):
             "`mesh.expert` is for variants with a choice of experts",
         ),
         (
-            {"mesh.batch": 2, "model.capacity_factor": 1.0},
-            "need `model.num_groups`.*capacity_factor=1.0",
-        ),
-        (
-            {"mesh.batch": 2, "model.gating": "batchwise"},
-            "need `model.num_groups`.*gating=batchwise",
-        ),
-        (
             {"model.num_groups": 2, "model.variant": "4xLSTM-512"},
             "num_groups.*choice of experts",
         ),
@@ -96,6 +88,29 @@ def test_rows_do_not_depend_on_the_mesh(fields, rows):
     config = config_with(fields)
     LanguageModelTask(config)
     assert config.data.rows_multiple == rows
+
+
+DROPPING, CHOOSING = (
+    {"model.capacity_factor": 1.0},
+    {"model.gating": "batchwise"},
+)
+
+
+@pytest.mark.parametrize(
+    "fields,groups",
+    [
+        ({"mesh.batch": 2}, None),
+        (DROPPING, None),
+        ({"mesh.batch": 2, **DROPPING}, 8),
+        ({"mesh.batch": 4, **CHOOSING}, 8),
+        ({"mesh.batch": 4, **DROPPING, "data.rows_multiple": 4}, 4),
+        ({"mesh.batch": 2, **CHOOSING, "model.num_groups": 2}, 2),
+    ],
+)
+def test_groups_do_not_depend_on_the_mesh(fields, groups):
+    config = config_with(fields)
+    LanguageModelTask(config)
+    assert config.model.num_groups == groups
 
 
 def test_the_mesh_may_change_and_groups_may_not(tmp_path):
