@@ -136,8 +136,8 @@ def test_real_kills_lose_nothing_that_was_saved(tmp_path):
         assert value_of(variables) == step
         assert len(saver.steps()) <= 3
         reached.append(step)
-    assert reached == sorted(reached)
-    assert reached[-1] > 20
+    assert reached == sorted(set(reached))
+    assert reached[-1] >= 10  # Each saved once at least, and went on.
 
 
 def test_reads_while_another_process_saves(tmp_path, caplog):
@@ -145,8 +145,8 @@ def test_reads_while_another_process_saves(tmp_path, caplog):
     steps = []
     with child(_save_forever, tmp_path, 1) as (_, pipe):
         pipe.recv()
-        end = time.monotonic() + 2
-        while time.monotonic() < end:
+        end = time.monotonic() + 120
+        while len(set(steps)) <= 10 and time.monotonic() < end:
             steps.append(saver.restore_latest()["step"])
             assert value_of(variables) == steps[-1]
     assert steps == sorted(steps)
