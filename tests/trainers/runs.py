@@ -33,10 +33,11 @@ class Trainer:
     flags: tuple[str, ...] = ()
 
     def command(self, workdir, *flags):
+        arguments = self.arguments(workdir, *flags)
+        return [sys.executable, "-m", self.module, *arguments]
+
+    def arguments(self, workdir, *flags):
         return [
-            sys.executable,
-            "-m",
-            self.module,
             f"--config={REPOSITORY / 'configs' / self.config}",
             f"--workdir={workdir}",
             *self.flags,
@@ -69,7 +70,7 @@ class Trainer:
     @contextlib.contextmanager
     def _start(self, workdir, flags=(), stdin=b""):
         """A fork that is the program, and its standard streams."""
-        arguments = self.command(workdir, *flags)[3:]
+        arguments = self.arguments(workdir, *flags)
         with tempfile.TemporaryDirectory() as folder:
             names = ("stdin", "stdout", "stderr")
             streams = [pathlib.Path(folder, name) for name in names]

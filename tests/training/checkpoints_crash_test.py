@@ -123,7 +123,8 @@ def test_real_kills_lose_nothing_that_was_saved(tmp_path):
     reached = []
     for _ in range(10):
         with child(_save_forever, tmp_path, 2) as (process, pipe):
-            reported = pipe.recv()
+            for _ in range(5):  # At least three steps, on any machine.
+                reported = pipe.recv()
             time.sleep(draw.uniform(0, 0.2))
             process.kill()
             process.join()
@@ -137,7 +138,7 @@ def test_real_kills_lose_nothing_that_was_saved(tmp_path):
         assert len(saver.steps()) <= 3
         reached.append(step)
     assert reached == sorted(set(reached))
-    assert reached[-1] >= 10  # Each saved once at least, and went on.
+    assert reached[-1] > 20
 
 
 def test_reads_while_another_process_saves(tmp_path, caplog):
@@ -145,8 +146,10 @@ def test_reads_while_another_process_saves(tmp_path, caplog):
     steps = []
     with child(_save_forever, tmp_path, 1) as (_, pipe):
         pipe.recv()
-        end = time.monotonic() + 120
-        while len(set(steps)) <= 10 and time.monotonic() < end:
+        start = time.monotonic()
+        while (took := time.monotonic() - start) < 120:
+            if took > 2 and len(set(steps)) > 10:
+                break
             steps.append(saver.restore_latest()["step"])
             assert value_of(variables) == steps[-1]
     assert steps == sorted(steps)

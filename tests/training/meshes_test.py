@@ -97,7 +97,7 @@ DROPPING, CHOOSING = (
 
 
 @pytest.mark.parametrize(
-    "fields,groups",
+    "fields,number",
     [
         ({"mesh.batch": 2}, None),
         (DROPPING, None),
@@ -107,10 +107,10 @@ DROPPING, CHOOSING = (
         ({"mesh.batch": 2, **CHOOSING, "model.num_groups": 2}, 2),
     ],
 )
-def test_groups_do_not_depend_on_the_mesh(fields, groups):
+def test_groups_do_not_depend_on_the_mesh(fields, number):
     config = config_with(fields)
     LanguageModelTask(config)
-    assert config.model.num_groups == groups
+    assert config.model.num_groups == number
 
 
 def test_the_mesh_may_change_and_groups_may_not(tmp_path):
