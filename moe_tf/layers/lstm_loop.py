@@ -62,7 +62,7 @@ def _forward(z_LBG, recurrent_PG, projection_HP=None):
     """Outputs and memory cells at every position."""
 
     def advance(t, r_BP, c_BH, r_LBP, c_LBH):
-        z_BG = tf.gather(z_LBG, t) + tf.matmul(r_BP, recurrent_PG)
+        z_BG = _read(z_LBG, t) + tf.matmul(r_BP, recurrent_PG)
         i_BH, f_BH, g_BH, o_BH = _gates(z_BG)
         c_BH = _rows(f_BH * c_BH + i_BH * g_BH)
         r_BP = o_BH * tf.tanh(c_BH)
@@ -84,49 +84,65 @@ def _forward(z_LBG, recurrent_PG, projection_HP=None):
 
 
 def _backward(dr_LBP, z_LBG, r_LBP, c_LBH, recurrent_PG, projection_HP=None):
-    """Gradients of `z_LBG`, of `recurrent_PG` and of `projection_HP`."""
+    """Gradients of `z_LBG`, of `recurrent_PG` and of `projection_HP`.
+
+    The loop keeps those of outputs and memory cells, which take less room
+    than that of `z_LBG`; of them it follows for all positions at once.
+    """
     before_LBP, before_LBH = _delayed(r_LBP), _delayed(c_LBH)
     z_LBG += tf.einsum("LBP,PG->LBG", before_LBP, recurrent_PG)
     z_LBG = _rows(z_LBG)
-    sum_LBP = dr_LBP  # later with what comes from positions after
 
-    def retreat(t, dr_BP, dc_BH, dz_LBG, sum_LBP):
-        i_BH, f_BH, g_BH, o_BH = _gates(tf.gather(z_LBG, t))
-        tanh_BH = tf.tanh(tf.gather(c_LBH, t))
-        dr_BP = _rows(dr_BP + tf.gather(dr_LBP, t))
+    def retreat(t, dr_BP, dc_BH, all_LBP, all_LBH):
+        gates = _gates(_read(z_LBG, t))
+        tanh_BH = tf.tanh(_read(c_LBH, t))
+        dr_BP = _rows(dr_BP + _read(dr_LBP, t))
         dh_BH = dr_BP
         if projection_HP is not None:
             dh_BH = tf.matmul(dr_BP, projection_HP, transpose_b=True)
-            sum_LBP = _write(sum_LBP, t, dr_BP)
-        dc_BH += dh_BH * o_BH * (1 - tanh_BH**2)
-        dz_BG = tf.concat(
-            [
-                dc_BH * g_BH * i_BH * (1 - i_BH),
-                dc_BH * tf.gather(before_LBH, t) * f_BH * (1 - f_BH),
-                dc_BH * i_BH * (1 - g_BH**2),
-                dh_BH * tanh_BH * o_BH * (1 - o_BH),
-            ],
-            axis=-1,
-        )
+        dc_BH = _rows(dc_BH + dh_BH * gates[3] * (1 - tanh_BH**2))
+        all_LBP, all_LBH = _write(all_LBP, t, dr_BP), _write(all_LBH, t, dc_BH)
+        dz_BG = _of_gates(gates, tanh_BH, _read(before_LBH, t), dh_BH, dc_BH)
         dr_BP = _rows(tf.matmul(dz_BG, recurrent_PG, transpose_b=True))
-        dz_LBG = _write(dz_LBG, t, dz_BG)
-        return t - 1, dr_BP, _rows(dc_BH * f_BH), dz_LBG, sum_LBP
+        return t - 1, dr_BP, _rows(dc_BH * gates[1]), all_LBP, all_LBH
 
     length, batch, width = z_LBG.shape
-    states = [
-        _zeros(z_LBG, batch, size)
-        for size in (recurrent_PG.shape[0], width // 4)
-    ]
-    *_, dz_LBG, sum_LBP = mesh_loop.while_loop(
-        lambda t, *_: t >= 0,
-        retreat,
-        (length - 1, *states, _zeros(z_LBG, length, batch, width), sum_LBP),
+    sizes = (recurrent_PG.shape[0], width // 4)
+    states = [_zeros(z_LBG, batch, size) for size in sizes]
+    buffers = [_zeros(z_LBG, length, batch, size) for size in sizes]
+    *_, dr_LBP, dc_LBH = mesh_loop.while_loop(
+        lambda t, *_: t >= 0, retreat, (length - 1, *states, *buffers)
     )
-    result = [dz_LBG, tf.einsum("LBP,LBG->PG", before_LBP, dz_LBG)]
+    gates, tanh_LBH, dh_LBH = _gates(z_LBG), tf.tanh(c_LBH), dr_LBP
     if projection_HP is not None:
-        h_LBH = _gates(z_LBG)[3] * tf.tanh(c_LBH)
-        result.append(tf.einsum("LBH,LBP->HP", h_LBH, sum_LBP))
+        dh_LBH = tf.einsum("LBP,HP->LBH", dr_LBP, projection_HP)
+    dz_LBG = _of_gates(gates, tanh_LBH, before_LBH, dh_LBH, dc_LBH)
+    result = [_rows(dz_LBG), tf.einsum("LBP,LBG->PG", before_LBP, dz_LBG)]
+    if projection_HP is not None:
+        h_LBH = gates[3] * tanh_LBH
+        result.append(tf.einsum("LBH,LBP->HP", h_LBH, dr_LBP))
     return result
+
+
+def _of_gates(gates, tanh, before, dh, dc):
+    """Gradient of what the gates are of: of hidden state and memory cells.
+
+    Args:
+        gates: those of `_gates`.
+        tanh: of the memory cells.
+        before: the memory cells one position before.
+        dh, dc: the gradients.
+    """
+    i, f, g, o = gates
+    return tf.concat(
+        [
+            dc * g * i * (1 - i),
+            dc * before * f * (1 - f),
+            dc * i * (1 - g**2),
+            dh * tanh * o * (1 - o),
+        ],
+        axis=-1,
+    )
 
 
 def _gates(z):
@@ -142,10 +158,20 @@ def _delayed(x_LBD):
     return _rows(tf.concat([_zeros(x_LBD, 1, batch, width), earlier], axis=0))
 
 
+def _read(x_LBD, t):
+    """What stands at position `t`."""
+    # A gather wants `t` on the device, which holds up a GPU each time.
+    _, batch, width = x_LBD.shape
+    row_1BD = tf.slice(x_LBD, [t, 0, 0], [1, batch, width])
+    return tf.squeeze(row_1BD, axis=0)
+
+
 def _write(x_LBD, t, value_BD):
-    index = tf.reshape(t, [1, 1])
-    value = tf.expand_dims(value_BD, 0)
-    return _rows(tf.tensor_scatter_nd_update(x_LBD, index, value))
+    """`x_LBD` with `value_BD` at position `t`."""
+    # `tf.tensor_scatter_nd_update` copies all positions as well, slower, and
+    # in bfloat16, for which GPUs have none, by way of the host.
+    here_L11 = tf.reshape(tf.range(x_LBD.shape[0]) == t, [-1, 1, 1])
+    return _rows(tf.where(here_L11, tf.expand_dims(value_BD, 0), x_LBD))
 
 
 def _zeros(like, *shape):
