@@ -9,6 +9,7 @@ import typing
 import tensorflow as tf
 from keras import ops
 
+from moe_tf import narrow_top_k
 from moe_tf import numerics
 from moe_tf import sharding
 
@@ -67,9 +68,14 @@ def top_k_and_next(logits_TE, k):
         the first expert comes first.
     """
     num_experts = logits_TE.shape[-1]
-    top, expert = ops.top_k(logits_TE, min(k + 1, num_experts))
-    if sharding.axes() is not None:
-        top = entries(logits_TE, expert)  # for its gradient
+    most = min(k + 1, num_experts)
+    if narrow_top_k.pays(num_experts, most):
+        expert = narrow_top_k.indices(logits_TE, most)
+        top = entries(logits_TE, expert)
+    else:
+        top, expert = ops.top_k(logits_TE, most)
+        if sharding.axes() is not None:
+            top = entries(logits_TE, expert)  # for its gradient
     return top, ops.cast(expert[..., :k], "int32")
 
 

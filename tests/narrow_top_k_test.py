@@ -1,0 +1,107 @@
+import hypothesis
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import strategies as st
+
+from moe_tf import gating
+from moe_tf import layers
+from moe_tf import narrow_top_k
+from moe_tf.distribute import MeshStrategy
+from moe_tf.distribute import collectives
+from tests.distribute import process
+
+
+@hypothesis.settings(deadline=None, max_examples=60)
+@hypothesis.given(
+    size=st.integers(1, 40),
+    k=st.integers(1, 9),
+    dtype=st.sampled_from(["float32", "float64", "bfloat16"]),
+    levels=st.sampled_from([1, 2, 5, 200]),
+    infinite=st.sampled_from([0.0, 0.5, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_is_top_k_ties_and_infinities_included(
+    size, k, dtype, levels, infinite, seed
+):
+    rng = np.random.default_rng(seed)
+    x_NV = rng.integers(0, levels, (4, size)).astype("float32")
+    signs = rng.choice([-1, 1], x_NV.shape)
+    x_NV[rng.random(x_NV.shape) < infinite] = np.inf
+    x_NV *= signs
+    k = min(k, size)
+    got_NK = narrow_top_k.indices(tf.cast(x_NV, dtype), k)
+    want_NK = np.argsort(-x_NV, axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(got_NK, want_NK)
+
+
+def test_indices_of_rows_with_nan_are_distinct_and_nan_comes_first():
+    x_NV = np.array([[np.nan] * 4, [1, np.nan, -np.inf, 2], [1, 2, 3, 4]])
+    got_NK = narrow_top_k.indices(x_NV, 4)
+    want_NK = [[0, 1, 2, 3], [1, 3, 0, 2], [3, 2, 1, 0]]
+    np.testing.assert_array_equal(got_NK, want_NK)
+
+
+def test_pays_for_rows_that_a_gpu_would_sort_and_not_inside_xla(monkeypatch):
+    assert not narrow_top_k.pays(16, 3)  # No GPU in tests.
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: [kind])
+    assert narrow_top_k.pays(16, 3)
+    assert narrow_top_k.pays(256, 5)
+    assert not narrow_top_k.pays(1000, 5)
+    found = []
+
+    @tf.function(jit_compile=True)
+    def compiled():
+        found.append(narrow_top_k.pays(16, 3))
+        return 0
+
+    compiled()
+    assert found == [False]
+
+
+@pytest.mark.parametrize("num_experts,k", [(2, 1), (6, 2), (5, 5)])
+def test_gates_and_gradients_are_those_of_top_k(num_experts, k, monkeypatch):
+    rng = np.random.default_rng(0)
+    clean_TE, draw_TE = (
+        tf.constant(rng.normal(size=(7, num_experts))) for _ in range(2)
+    )
+    std_TE = tf.ones_like(clean_TE)
+
+    def run():
+        with tf.GradientTape() as tape:
+            tape.watch([clean_TE, std_TE])
+            gates, chance_TE = gating.noisy_top_k(clean_TE, k, std_TE, draw_TE)
+            total = tf.reduce_sum(gates.weight_TK[:, 0] ** 2 + chance_TE[:, 0])
+        return [*gates, *tape.gradient(total, [clean_TE, std_TE])]
+
+    want = run()
+    monkeypatch.setattr(narrow_top_k, "pays", lambda *_: True)
+    for one, other in zip(run(), want, strict=True):
+        if other is None:  # Every expert is chosen, whatever the noise.
+            assert one is None
+        else:
+            np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-15)
+
+
+def trained(pays):
+    """The losses of a few steps on a mesh, and what its devices sent."""
+    narrow_top_k.pays = lambda *_: pays
+    strategy = MeshStrategy({"batch": 2})
+    keras.utils.set_random_seed(0)
+    with strategy.scope():
+        model = keras.Sequential([keras.Input((5, 8))])
+        model.add(layers.SparseMoE(4, 12, 2, num_groups=2, capacity_factor=1.0))
+        model.compile("adam", "mse", jit_compile=False)
+    x_BLD = np.random.default_rng(0).normal(size=(8, 5, 8)).astype("float32")
+    found = collectives.of(model.train_on_batch, x_BLD, x_BLD)
+    losses = [model.train_on_batch(x_BLD, x_BLD) for _ in range(3)]
+    return losses, sorted(found)
+
+
+def test_on_a_mesh_it_changes_neither_losses_nor_what_is_sent():
+    (losses, sent), (want, want_sent) = (
+        process.run(trained, pays) for pays in (True, False)
+    )
+    np.testing.assert_allclose(losses, want, rtol=1e-6)
+    assert sent == want_sent
