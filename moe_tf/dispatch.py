@@ -90,7 +90,7 @@ def _take(x, index, plan):
     found = index < num_rows
     for _ in range(len(rows.shape) - len(found.shape)):
         found = found[..., None]
-    return ops.where(found, rows, ops.zeros_like(rows))
+    return ops.where(found, rows, ops.zeros((), dtype=rows.dtype))
 
 
 def _sum_columns(column, plan):
