@@ -45,6 +45,9 @@ _REFERENCE = flags.DEFINE_bool(
     True,
     "Whether `equality` trains on one device; else that lies in `--out`.",
 )
+_WORDS = flags.DEFINE_integer(
+    "words", None, "Of a device in `weak`. Defaults to 32,768 on GPUs.", 1
+)
 _SECONDS = flags.DEFINE_float("seconds", 150, "Limit of a measurement.", 1)
 _TOTAL = flags.DEFINE_float("total", 480, "Limit of all, in seconds.", 1)
 
@@ -63,7 +66,7 @@ _MODEL = {
     },
 }
 # Words and experts: of a device, and of all.
-_WEAK = {"GPU": (8192, 128), "CPU": (96, 4)}
+_WEAK = {"GPU": (32_768, 128), "CPU": (96, 4)}
 _STRONG = {"GPU": (32_768, 256), "CPU": (384, 8)}
 _GROUPS = 8  # Of the shared model, on any mesh.
 # Of the memory that TensorFlow may use; the first that trains is the largest.
@@ -127,6 +130,7 @@ class Benchmark:
 
     def _weak(self, axes, **settings):
         words, experts = _WEAK[self._type]
+        words = _WORDS.value or words
         size = axes["batch"] if axes else 1
         sizes = {"words": size * words, "experts": size * experts}
         return self._model("weak", axes, groups=size, **sizes, **settings)

@@ -58,12 +58,21 @@ def exchange(strategy, shape_GECD, dtype, number):
 def link_record(strategy, shape_GECD, dtype, number, repeats):
     """Seconds of such all-to-alls, and what crosses the links for a device.
 
+    Seconds are what `number` more take within a call, so that those of the
+    call itself do not count, as they would not in a step. Of what an
+    all-to-all gives on a device, the part that was there before does not
+    cross.
+
     Returns:
-        `(seconds, GB/s)`; of what an all-to-all gives on a device, the part
-        that was there before does not cross.
+        `(seconds, GB/s)`
     """
-    run = exchange(strategy, shape_GECD, dtype, number)
-    seconds = timing.medians({"run": run}, repeats, wait=wait)["run"]
+    times = 8
+    calls = {
+        count: exchange(strategy, shape_GECD, dtype, count)
+        for count in (number, (1 + times) * number)
+    }
+    few, many = timing.medians(calls, repeats, wait=wait).values()
+    seconds = (many - few) / times
     size = strategy.axes["batch"]
     held = np.prod(shape_GECD, dtype="int64") // size * tf.as_dtype(dtype).size
     crossing = number * held * (size - 1) / size
