@@ -69,7 +69,7 @@ def top_k_and_next(logits_TE, k):
     """
     num_experts = logits_TE.shape[-1]
     most = min(k + 1, num_experts)
-    if narrow_top_k.pays(num_experts, most):
+    if narrow_top_k.pays(num_experts):
         expert = narrow_top_k.indices(logits_TE, most)
         top = entries(logits_TE, expert)
     else:
