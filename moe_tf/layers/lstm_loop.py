@@ -69,7 +69,7 @@ def _forward(z_LBG, recurrent_PG, projection_HP=None):
         if projection_HP is not None:
             r_BP = tf.matmul(r_BP, projection_HP)
         r_BP = _rows(r_BP)
-        r_LBP, c_LBH = _write(r_LBP, t, r_BP), _write(c_LBH, t, c_BH)
+        r_LBP, c_LBH = _append(r_LBP, r_BP), _append(c_LBH, c_BH)
         return t + 1, r_BP, c_BH, r_LBP, c_LBH
 
     length, batch, _ = z_LBG.shape
@@ -101,7 +101,7 @@ def _backward(dr_LBP, z_LBG, r_LBP, c_LBH, recurrent_PG, projection_HP=None):
         if projection_HP is not None:
             dh_BH = tf.matmul(dr_BP, projection_HP, transpose_b=True)
         dc_BH = _rows(dc_BH + dh_BH * gates[3] * (1 - tanh_BH**2))
-        all_LBP, all_LBH = _write(all_LBP, t, dr_BP), _write(all_LBH, t, dc_BH)
+        all_LBP, all_LBH = _prepend(all_LBP, dr_BP), _prepend(all_LBH, dc_BH)
         dz_BG = _of_gates(gates, tanh_BH, _read(before_LBH, t), dh_BH, dc_BH)
         dr_BP = _rows(tf.matmul(dz_BG, recurrent_PG, transpose_b=True))
         return t - 1, dr_BP, _rows(dc_BH * gates[1]), all_LBP, all_LBH
@@ -152,10 +152,7 @@ def _gates(z):
 
 def _delayed(x_LBD):
     """What stood one position before; zeros at the first."""
-    length, batch, width = x_LBD.shape
-    # Not `x[:-1]`, here and below: strided slices of two kinds have no layout.
-    earlier = tf.slice(x_LBD, [0, 0, 0], [length - 1, batch, width])
-    return _rows(tf.concat([_zeros(x_LBD, 1, batch, width), earlier], axis=0))
+    return _prepend(x_LBD, _zeros(x_LBD, *x_LBD.shape[1:]))
 
 
 def _read(x_LBD, t):
@@ -166,12 +163,24 @@ def _read(x_LBD, t):
     return tf.squeeze(row_1BD, axis=0)
 
 
-def _write(x_LBD, t, value_BD):
-    """`x_LBD` with `value_BD` at position `t`."""
-    # `tf.tensor_scatter_nd_update` copies all positions as well, slower, and
-    # in bfloat16, for which GPUs have none, by way of the host.
-    here_L11 = tf.reshape(tf.range(x_LBD.shape[0]) == t, [-1, 1, 1])
-    return _rows(tf.where(here_L11, tf.expand_dims(value_BD, 0), x_LBD))
+# A loop writes its positions one after the other, so arrays that move on by one
+# are full at its end. `tf.tensor_scatter_nd_update` copies all positions as
+# well, and on GPUs has no bfloat16: it goes by way of the host.
+
+
+def _append(x_LBD, value_BD):
+    """`x_LBD` without its first position, and `value_BD` as the last."""
+    length, batch, width = x_LBD.shape
+    later = tf.slice(x_LBD, [1, 0, 0], [length - 1, batch, width])
+    return _rows(tf.concat([later, tf.expand_dims(value_BD, 0)], axis=0))
+
+
+def _prepend(x_LBD, value_BD):
+    """`x_LBD` without its last position, and `value_BD` as the first."""
+    length, batch, width = x_LBD.shape
+    # Not `x[:-1]`, here and above: strided slices of two kinds have no layout.
+    earlier = tf.slice(x_LBD, [0, 0, 0], [length - 1, batch, width])
+    return _rows(tf.concat([tf.expand_dims(value_BD, 0), earlier], axis=0))
 
 
 def _zeros(like, *shape):
