@@ -25,7 +25,6 @@ def dispatch(x_TD, plan):
 
     With `Groups` this and `combine` take and give all with a first axis `G`.
     """
-    k = ops.shape(plan.slot_TK)[-1]
 
     @tf.custom_gradient
     def gather(x_TD):
@@ -34,7 +33,7 @@ def dispatch(x_TD, plan):
                 lambda j: _take(dx_SD, plan.slot_TK[..., j], plan), plan
             )
 
-        return _take(x_TD, plan.assignment_S // k, plan), gradient
+        return _take(x_TD, tokens(plan), plan), gradient
 
     return gather(x_TD)
 
@@ -44,12 +43,11 @@ def combine(y_SD, weight_TK, plan):
 
     An assignment without a slot adds nothing.
     """
-    k = ops.shape(plan.slot_TK)[-1]
 
     @tf.custom_gradient
     def weighted_sum(y_SD, weight_TK):
         def gradient(dy_TD):
-            dy_SD = _take(dy_TD, plan.assignment_S // k, plan)
+            dy_SD = _take(dy_TD, tokens(plan), plan)
             *leading, rows, columns = ops.shape(weight_TK)
             weight_A = ops.reshape(weight_TK, (*leading, rows * columns))
             weight_S = _take(weight_A, plan.assignment_S, plan)
@@ -64,6 +62,12 @@ def combine(y_SD, weight_TK, plan):
         return _sum_columns(column, plan), gradient
 
     return weighted_sum(y_SD, weight_TK)
+
+
+def tokens(plan):
+    """The token in each slot; one past the last in empty slots."""
+    k = ops.shape(plan.slot_TK)[-1]
+    return plan.assignment_S // plans.like(k, plan.assignment_S)
 
 
 def collect(y_SD, plan):
@@ -85,7 +89,7 @@ def _take(x, index, plan):
     if isinstance(plan, plans.Rows):
         return tf.gather(x, index)
     axis = 1 if isinstance(plan, plans.Groups) else 0
-    num_rows = ops.shape(x)[axis]
+    num_rows = plans.like(ops.shape(x)[axis], index)
     rows = tf.gather(x, ops.minimum(index, num_rows - 1), batch_dims=axis)
     found = index < num_rows
     for _ in range(len(rows.shape) - len(found.shape)):
@@ -106,7 +110,8 @@ def _sum_columns(column, plan):
     if isinstance(plan, plans.Groups):
         last = k
     else:
-        used_K = ops.any(plan.slot_TK < _size(plan.assignment_S), axis=0)
+        num_slots = plans.like(_size(plan.assignment_S), plan.slot_TK)
+        used_K = ops.any(plan.slot_TK < num_slots, axis=0)
         column_K = ops.arange(1, ops.shape(used_K)[0] + 1, dtype="int32")
         last = ops.max(ops.where(used_K, column_K, 0), initial=0)
     _, total = tf.while_loop(

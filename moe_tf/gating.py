@@ -11,6 +11,7 @@ from keras import ops
 
 from moe_tf import narrow_top_k
 from moe_tf import numerics
+from moe_tf import plans
 from moe_tf import sharding
 
 # Below this the noise is as good as absent; it keeps the quotient in the load
@@ -76,7 +77,7 @@ def top_k_and_next(logits_TE, k):
         top, expert = ops.top_k(logits_TE, most)
         if sharding.axes() is not None:
             top = entries(logits_TE, expert)  # for its gradient
-    return top, ops.cast(expert[..., :k], "int32")
+    return top, ops.cast(plans.numbers(expert)[..., :k], "int32")
 
 
 def entries(x_TE, index_TK):
@@ -103,6 +104,7 @@ def entries(x_TE, index_TK):
 
 def _spread(y_TK, index_TK, size):
     """Zeros `(..., E)` with `y` added at the indices, column by column."""
+    index_TK = plans.numbers(index_TK)
     return sum(
         y_TK[..., j, None]
         * ops.one_hot(index_TK[..., j], size, dtype=y_TK.dtype)
@@ -354,6 +356,7 @@ def sum_by_expert(value, expert, num_experts):
 def _sum_on_mesh(value_TK, expert_TK, num_experts):
     """Sums that each device takes of its own tokens before they are added."""
     further = len(value_TK.shape) - len(expert_TK.shape)
+    expert_TK = plans.numbers(expert_TK)
 
     def column(j):
         hot_TE = ops.one_hot(expert_TK[:, j], num_experts, dtype=value_TK.dtype)

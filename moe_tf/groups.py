@@ -86,8 +86,8 @@ def plan(expert_GTK, num_experts, slots, limit_G=None, priority_GTK=None):
     """`plans.Groups` with `slots` slots of each group at every expert.
 
     Args:
-        expert_GTK: int32, the experts that the `T` tokens of each group chose;
-            `num_experts` for none.
+        expert_GTK: int32 or what `plans.numbers` makes of it, the experts that
+            the `T` tokens of each group chose; `num_experts` for none.
         num_experts: int, `E`.
         slots: int, `C`.
         limit_G: optional int32, how many of them an expert may use of each
@@ -105,17 +105,23 @@ def plan(expert_GTK, num_experts, slots, limit_G=None, priority_GTK=None):
         order_GA = _pick(
             first_GA, tf.argsort(_pick(expert_GA, first_GA), stable=True)
         )
-    row_GA = tf.argsort(order_GA, stable=True)  # the inverse
+    dtype = expert_GA.dtype
+    order_GA = ops.cast(order_GA, dtype)
+    row_GA = ops.cast(tf.argsort(order_GA, stable=True), dtype)  # the inverse
+    num_assignments, slots = (
+        plans.like(number, order_GA) for number in (num_tokens * k, slots)
+    )
     count_GE = _count(expert_GTK, num_experts)
     limit_G1 = None if limit_G is None else limit_G[:, None]
-    offset_GE = ops.cumsum(count_GE, axis=-1) - count_GE
-    placed_GE = ops.minimum(plans.placed(count_GE, limit_G1), slots)
+    placed_GE = ops.cast(plans.placed(count_GE, limit_G1), dtype)
+    placed_GE = ops.minimum(placed_GE, slots)
+    offset_GE = ops.cast(ops.cumsum(count_GE, axis=-1) - count_GE, dtype)
 
-    position_C = ops.arange(slots, dtype="int32")
+    position_C = ops.arange(slots, dtype=dtype)
     row_GS = _flat(offset_GE[..., None] + position_C)
     full_GS = _flat(position_C < placed_GE[..., None])
     assignment_GS = _pick(order_GA, ops.where(full_GS, row_GS, 0))
-    assignment_GS = ops.where(full_GS, assignment_GS, num_tokens * k)
+    assignment_GS = ops.where(full_GS, assignment_GS, num_assignments)
 
     known_GA = ops.minimum(expert_GA, num_experts - 1)
     position_GA = row_GA - _pick(offset_GE, known_GA)
@@ -181,7 +187,10 @@ def _count(expert_GTK, num_experts):
     """How often each expert is chosen in each group, column by column."""
 
     def column(j):
-        chosen_GTE = ops.one_hot(expert_GTK[..., j], num_experts, dtype="int32")
-        return ops.sum(chosen_GTE, axis=1)
+        # Floats, exact to 2^24, since GPUs leave sums of int32 to the host.
+        chosen_GTE = ops.one_hot(
+            expert_GTK[..., j], num_experts, dtype="float32"
+        )
+        return ops.cast(ops.sum(chosen_GTE, axis=1), "int32")
 
     return sum(column(j) for j in range(expert_GTK.shape[-1]))

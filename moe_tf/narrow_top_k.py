@@ -21,11 +21,7 @@ _READ = 1500
 
 def pays(num_columns):
     """Whether `indices` is the faster way in this trace."""
-    return (
-        num_columns <= _SORTED
-        and not xla.wants_static_shapes()
-        and bool(tf.config.list_logical_devices("GPU"))
-    )
+    return num_columns <= _SORTED and xla.runs_ops_on_gpu()
 
 
 def indices(x_NV, k):
@@ -63,8 +59,8 @@ def _read(x_NV, k):
     left_NV = tf.maximum(x_NV, smallest)
     found = []
     for _ in range(k):
-        index_N = tf.argmax(left_NV, axis=-1, output_type="int32")
+        index_N = tf.argmax(left_NV, axis=-1, output_type="int64")
         taken_NV = tf.one_hot(index_N, num_columns, True, False, dtype="bool")
         left_NV = tf.where(taken_NV, tf.constant(-float("inf"), dtype), left_NV)
         found.append(index_N)
-    return tf.stack(found, axis=-1)
+    return tf.cast(tf.stack(found, axis=-1), "int32")

@@ -4,6 +4,8 @@ A plan numbers the slots in which experts work, expert by expert, and says
 which assignment (the `j`-th choice of token `t` is assignment `t * K + j`)
 sits in which slot. `dispatch` moves tokens by it.
 
+Tables are int32, or int64 where `numbers` makes them so.
+
 Letters: `A = T * K` assignments, `S` slots, `N` blocks of `C` slots.
 """
 
@@ -24,8 +26,8 @@ class Rows(typing.NamedTuple):
     last.
 
     Attributes:
-        assignment_S: int32, the assignment in each slot.
-        slot_TK: int32, the slot of each assignment.
+        assignment_S: the assignment in each slot.
+        slot_TK: the slot of each assignment.
         count_E: int32, how many tokens chose each expert.
     """
 
@@ -38,10 +40,10 @@ class Blocks(typing.NamedTuple):
     """A plan of blocks of equal size, each of one expert.
 
     Attributes:
-        assignment_S: int32, the assignment in each slot; `A` if it is empty.
-        slot_TK: int32, the slot of each assignment; `S` if it has none.
+        assignment_S: the assignment in each slot; `A` if it is empty.
+        slot_TK: the slot of each assignment; `S` if it has none.
         count_E: int32, how many tokens chose each expert.
-        expert_N: int32, the expert of each block.
+        expert_N: the expert of each block.
         limit: optional int32 scalar, the most assignments that an expert
             takes; the rest is dropped.
     """
@@ -64,8 +66,8 @@ class Groups(typing.NamedTuple):
     group; what overflows is dropped. All tables count within a group.
 
     Attributes:
-        assignment_GS: int32, the assignment in each slot; `A` if it is empty.
-        slot_GTK: int32, the slot of each assignment; `S` if it has none.
+        assignment_GS: the assignment in each slot; `A` if it is empty.
+        slot_GTK: the slot of each assignment; `S` if it has none.
         count_GE: int32, how many tokens of the group chose each expert.
         limit_G1: optional int32, the most assignments that an expert takes of
             a group.
@@ -104,6 +106,21 @@ class Capacity(typing.NamedTuple):
     limit: typing.Any
 
 
+def numbers(expert):
+    """Chosen experts, int32, as whole numbers that plans are made of.
+
+    Of nearly all that is done to int32, TensorFlow's kernels for GPUs want
+    operands in the memory of the host: every step of a plan would wait for the
+    GPU, and the GPU for it. Those for int64 do not.
+    """
+    return ops.cast(expert, "int64") if xla.runs_ops_on_gpu() else expert
+
+
+def like(number, table):
+    """An int, or a scalar of the dtype of a plan's table."""
+    return number if isinstance(number, int) else ops.cast(number, table.dtype)
+
+
 def plan_dropless(expert_TK, num_experts, most=None):
     """A plan in which every assignment has a slot: the one that fits.
 
@@ -127,7 +144,8 @@ def plan_rows(expert_TK, num_experts):
     The slots of masked tokens (expert id `num_experts`) come last.
     """
     order_A, row_A, count_E = _sort(expert_TK, num_experts)
-    return Rows(order_A, ops.reshape(row_A, ops.shape(expert_TK)), count_E)
+    slot_TK = ops.reshape(row_A, ops.shape(expert_TK))
+    return Rows(order_A, slot_TK, ops.cast(count_E, "int32"))
 
 
 def plan_blocks(
@@ -156,21 +174,24 @@ def plan_blocks(
         else:
             num_blocks = ops.minimum(num_blocks, enough)
     order_A, row_A, count_E = _sort(expert_TK, num_experts, priority_TK)
+    dtype = count_E.dtype
     if limit is not None:
         limit = ops.convert_to_tensor(limit, "int32")
-    blocks_E = (placed(count_E, limit) + block_size - 1) // block_size
+    placed_E = _placed(count_E, limit)
+    blocks_E = (placed_E + block_size - 1) // block_size
     end_E = ops.cumsum(blocks_E)
-    block_N = ops.arange(num_blocks, dtype="int32")
+    block_N = ops.arange(num_blocks, dtype=dtype)
     # Blocks past the last needed one fall to the last expert, and are empty.
     passed_N = ops.sum(
-        ops.cast(block_N[:, None] >= end_E[None, : num_experts - 1], "int32"),
+        ops.cast(block_N[:, None] >= end_E[None, : num_experts - 1], dtype),
         axis=1,
     )
     first_E = (end_E - blocks_E) * block_size
     assignment_S, slot_TK = _place(
-        expert_TK, order_A, row_A, count_E, passed_N, first_E, block_size,
-        limit,
+        expert_TK, order_A, row_A, count_E, placed_E, passed_N, first_E,
+        block_size,
     )  # fmt: skip
+    count_E = ops.cast(count_E, "int32")
     return Blocks(assignment_S, slot_TK, count_E, passed_N, limit)
 
 
@@ -187,13 +208,15 @@ def plan_capacity(expert_TK, num_experts, slots, limit=None, priority_TK=None):
             are kept. By default those of the earliest tokens are.
     """
     order_A, row_A, count_E = _sort(expert_TK, num_experts, priority_TK)
-    expert_N = ops.arange(num_experts, dtype="int32")
+    expert_N = ops.arange(num_experts, dtype=count_E.dtype)
     limit = ops.convert_to_tensor(slots if limit is None else limit, "int32")
+    slots = like(slots, expert_N)
+    placed_E = _placed(count_E, limit)
     assignment_S, slot_TK = _place(
-        expert_TK, order_A, row_A, count_E, expert_N, expert_N * slots, slots,
-        limit,
+        expert_TK, order_A, row_A, count_E, placed_E, expert_N,
+        expert_N * slots, slots,
     )  # fmt: skip
-    return Capacity(assignment_S, slot_TK, count_E, limit)
+    return Capacity(assignment_S, slot_TK, ops.cast(count_E, "int32"), limit)
 
 
 def capacity(num_assignments, num_experts, capacity_factor):
@@ -254,6 +277,7 @@ def _sort(expert_TK, num_experts, priority_TK=None):
     the highest first.
     """
     expert_A = ops.reshape(expert_TK, (-1,))
+    dtype = expert_A.dtype
     if priority_TK is None:
         order_A = tf.argsort(expert_A, stable=True)
     else:
@@ -261,11 +285,12 @@ def _sort(expert_TK, num_experts, priority_TK=None):
         order_A = tf.gather(
             first_A, tf.argsort(tf.gather(expert_A, first_A), stable=True)
         )
+    order_A = ops.cast(order_A, dtype)
     num_assignments = _size(expert_TK)
     row_A = tf.scatter_nd(
         order_A[:, None],
-        ops.arange(num_assignments, dtype="int32"),
-        [num_assignments],
+        ops.arange(num_assignments, dtype=dtype),
+        ops.cast([num_assignments], dtype),
     )
     count_E = ops.segment_sum(
         ops.ones_like(expert_A), expert_A, num_segments=num_experts + 1
@@ -273,28 +298,34 @@ def _sort(expert_TK, num_experts, priority_TK=None):
     return order_A, row_A, count_E
 
 
+def _placed(count_E, limit):
+    """As `placed`, in the dtype of the counts."""
+    return placed(
+        count_E, None if limit is None else ops.cast(limit, count_E.dtype)
+    )
+
+
 def _place(
     expert_TK,
     order_A,
     row_A,
     count_E,
+    placed_E,
     expert_N,
     first_E,
     block_size,
-    limit=None,
 ):
     """Lays sorted assignments into blocks of slots.
 
     The assignments of expert `e` begin at row `offset_E[e]` of the order and
-    at slot `first_E[e]`; those past `limit` get no slot.
+    at slot `first_E[e]`; those past `placed_E[e]` get no slot.
     """
     num_experts = count_E.shape[0]
     num_assignments = _size(expert_TK)
     num_slots = _size(expert_N) * block_size
     offset_E = ops.cumsum(count_E) - count_E
-    placed_E = placed(count_E, limit)
 
-    slot_S = ops.arange(num_slots, dtype="int32")
+    slot_S = ops.arange(num_slots, dtype=count_E.dtype)
     expert_S = tf.gather(expert_N, slot_S // block_size)
     position_S = slot_S - tf.gather(first_E, expert_S)
     row_S = tf.gather(offset_E, expert_S) + position_S

@@ -20,6 +20,12 @@ def wants_static_shapes():
     return control_flow_util.GraphOrParentsInXlaContext(graph)
 
 
+def runs_ops_on_gpu():
+    """Whether a GPU may run this trace, op by op."""
+    gpus = tf.config.list_logical_devices("GPU")
+    return bool(gpus) and not wants_static_shapes()
+
+
 def compiles_part(jit_compile, variable):
     """Whether a part of this trace should be a program of its own.
 

@@ -4,6 +4,7 @@ import keras
 import tensorflow as tf
 from keras import ops
 
+from moe_tf import dispatch
 from moe_tf import gating
 from moe_tf import groups
 from moe_tf import sharding
@@ -182,7 +183,7 @@ class HierarchicalBatchwiseRouter(
         )
         # Each group has `number` tokens; XLA reserves slots for `most`.
         slots = most if xla.wants_static_shapes() else number
-        token_S = plan.assignment_S // ops.shape(group_TK)[-1]
+        token_S = ops.cast(dispatch.tokens(plan), "int32")
         token_PC = ops.reshape(
             token_S[: num_groups * slots], (num_groups, slots)
         )

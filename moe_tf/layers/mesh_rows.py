@@ -1,8 +1,21 @@
 """Rows of a table on a mesh."""
 
 import tensorflow as tf
+from keras import ops
 
 from moe_tf import sharding
+
+
+def all_ids(ids):
+    """Ids of rows that every device gathers: those of all devices.
+
+    Args:
+        ids: int.
+
+    Returns:
+        int64 of the same shape: GPUs leave what is done to int32 to the host.
+    """
+    return sharding.constrain(ops.cast(ids, "int64"), *(None,) * len(ids.shape))
 
 
 def share(x):

@@ -282,6 +282,7 @@ class SparseMoE(keras.layers.Layer):
 
     def _plan(self, weight_TK, expert_TK, mask_T, training):
         """A plan of all tokens, or with a first axis `G` of its groups."""
+        expert_TK = plans.numbers(expert_TK)
         num_tokens = ops.shape(expert_TK)[-2]
         most = self._most_tokens(ops.shape(expert_TK)[:-1], training)
         factor = self.capacity_factor if training else self.eval_capacity_factor
@@ -289,7 +290,7 @@ class SparseMoE(keras.layers.Layer):
         if factor is not None:
             slots = limit = self._slots(num_tokens, factor)
             if mask_T is not None:
-                number = ops.sum(ops.cast(mask_T, "int32"), axis=-1)
+                number = ops.sum(ops.cast(mask_T, "int64"), axis=-1)
                 limit = self._slots(number, factor)
             if self.drop_policy == "gate_value":
                 priority_TK = weight_TK

@@ -9,7 +9,6 @@ import keras
 from keras import ops
 
 from moe_tf import checks
-from moe_tf import sharding
 from moe_tf.layers import mesh_rows
 from moe_tf.layers import token_chunks
 from moe_tf.layers import whole_softmax
@@ -173,9 +172,11 @@ class SampledSoftmax(keras.layers.Layer):
         }
 
     def _sampled(self, x_TD, targets_T):
-        ids_J = self.draw()
-        all_T = sharding.constrain(targets_T, None)
-        ids = ops.concatenate([ids_J, all_T], axis=0)
+        # GPUs leave what is done to int32 to the host.
+        ids_J, targets_T = (
+            ops.cast(ids, "int64") for ids in (self.draw(), targets_T)
+        )
+        ids = ops.concatenate([ids_J, mesh_rows.all_ids(targets_T)], axis=0)
         rows = ops.cast(ops.take(self.kernel_VD, ids, axis=0), x_TD.dtype)
         rows_JD, rows_TD = rows[: self.num_sampled], rows[self.num_sampled :]
         rows_TD = mesh_rows.share(rows_TD)

@@ -56,6 +56,7 @@ def of_chosen(x_TD, group_TK, kernel_PDQ, most=None):
         `(y_SQ, plan)`: the products group by group, and the plan of `plans`
         that says which slot is which token's.
     """
+    group_TK = plans.numbers(group_TK)
     plan = plans.plan_dropless(group_TK, kernel_PDQ.shape[0], most)
     x_SD = dispatch.dispatch(x_TD, plan)
     y_SQ = grouped.apply(grouped.matmul, x_SD, [kernel_PDQ], plan)

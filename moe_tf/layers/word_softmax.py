@@ -4,7 +4,6 @@ import keras
 from keras import ops
 
 from moe_tf import checks
-from moe_tf import sharding
 from moe_tf.layers import mesh_rows
 from moe_tf.layers import token_chunks
 from moe_tf.layers import whole_softmax
@@ -64,9 +63,7 @@ class WordSoftmax(keras.layers.Layer):
 
     def embed(self, tokens):
         """Rows of the table: int `(...)` to float `(..., D)`."""
-        unsharded = (None,) * len(tokens.shape)
-        tokens = sharding.constrain(tokens, *unsharded)
-        rows = ops.take(self.kernel_VD, tokens, axis=0)
+        rows = ops.take(self.kernel_VD, mesh_rows.all_ids(tokens), axis=0)
         return mesh_rows.share(ops.cast(rows, self.compute_dtype))
 
     def losses_per_word(self, features, targets):

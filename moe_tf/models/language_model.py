@@ -5,7 +5,6 @@ import functools
 import keras
 from keras import ops
 
-from moe_tf import sharding
 from moe_tf.decoding import PADDING_ID
 from moe_tf.layers import mesh_rows
 from moe_tf.layers import recurrence
@@ -156,7 +155,7 @@ class LanguageModel(keras.Model):
         return x_BLD
 
     def _embed(self, tokens):
-        rows_BLD = self.embedding(sharding.constrain(tokens, None, None))
+        rows_BLD = self.embedding(mesh_rows.all_ids(tokens))
         return mesh_rows.share(rows_BLD)
 
     def initial_states(self, num_sequences):

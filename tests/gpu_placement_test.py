@@ -1,0 +1,112 @@
+"""What runs op by op on a GPU stays there and gives what it gives elsewhere."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from moe_tf import plans
+from moe_tf import xla
+from moe_tf.benchmarks import mesh_text
+from moe_tf.distribute import MeshStrategy
+from tests import every_router
+from tests import gpu_kernels
+from tests.distribute import process
+
+WORDS = 512  # Of a batch.
+
+
+def as_if_on_gpu():
+    xla.runs_ops_on_gpu = lambda: not xla.wants_static_shapes()
+
+
+def language_model(gpu, folder):
+    """What a step on a mesh leaves to the host of a GPU; losses and weights."""
+    if gpu:
+        as_if_on_gpu()
+    strategy, found = MeshStrategy({"batch": 2}), []
+    prepared = mesh_text.prepare(folder)
+    batches = mesh_text.read(prepared, 3, WORDS)
+
+    def train():
+        setting = mesh_text.Setting(steps=3)
+        size = prepared.vocabulary.size
+        found.append(mesh_text.train(strategy, setting, batches, size))
+
+    return gpu_kernels.on_host(train), *found
+
+
+def test_nothing_of_the_words_goes_by_way_of_the_host(tmp_path):
+    on_host, run = process.run(language_model, True, tmp_path)
+    in_int32, want = process.run(language_model, False, tmp_path)
+    differs = mesh_text.differences(run, want)
+    assert differs["loss"] < 1e-6 and differs["weights"] < 1e-6
+    # A byte for each word of a device says which are padding. The 64 draws of
+    # the softmax are eight bytes each.
+    words = WORDS // 2
+    assert [op for op in on_host if op.bytes > max(words, 8 * 64)] == []
+    # Tables of plans would, of four bytes an assignment.
+    assert max(op.bytes for op in in_int32) > 4 * words
+
+
+SETTINGS = {
+    "dropless": {},
+    "drops": {"capacity_factor": 1.0},
+    "by gate value": {"capacity_factor": 1.0, "drop_policy": "gate_value"},
+    "groups": {"num_groups": 2},
+}
+CHOOSING = ("batchwise", "hierarchical_batchwise", "expert_choice")
+CASES = [
+    (router, setting)
+    for router in every_router.SETTINGS
+    for setting in SETTINGS
+    if router not in CHOOSING or "capacity_factor" not in SETTINGS[setting]
+]
+
+
+@pytest.mark.parametrize("router,setting", CASES)
+def test_the_layer_gives_the_same(router, setting, monkeypatch):
+    settings = SETTINGS[setting]
+    rows = 12 if setting == "drops" else None
+    x_TD = tf.constant(every_router.tokens(12))
+    mask_T = tf.constant(np.arange(12) % 5 != 3)
+
+    def outputs_and_gradients():
+        layer = every_router.layer(router, jit_compile=False, **settings)
+        signature = [
+            tf.TensorSpec((rows, every_router.WIDTH), "float64"),
+            tf.TensorSpec((rows,), "bool"),
+        ]
+
+        @tf.function(input_signature=signature, autograph=False)
+        def run(x_TD, mask_T):
+            with tf.GradientTape() as tape:
+                tape.watch(x_TD)
+                y_TD = layer(x_TD, mask=mask_T, training=True)
+                total = tf.reduce_sum(y_TD**2) + sum(layer.losses)
+            variables = [v.value for v in layer.trainable_variables]
+            return [y_TD, *tape.gradient(total, [x_TD, *variables])]
+
+        got = run(x_TD, mask_T)
+        numbers = [v.numpy() for v in layer.non_trainable_variables]
+        return [*map(tf.convert_to_tensor, got), *numbers]
+
+    want = outputs_and_gradients()
+    monkeypatch.setattr(xla, "runs_ops_on_gpu", lambda: True)
+    for one, other in zip(outputs_and_gradients(), want, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_numbers_of_plans_are_wide_on_gpus_alone(monkeypatch):
+    expert_TK = tf.constant([[0, 1], [1, 2]])
+    assert plans.numbers(expert_TK).dtype == "int32"
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: [kind])
+    assert plans.numbers(expert_TK).dtype == "int64"
+    dtypes = []
+
+    @tf.function(jit_compile=True)
+    def compiled():
+        dtypes.append(plans.numbers(expert_TK).dtype)
+        return 0
+
+    compiled()
+    assert dtypes == ["int32"]
