@@ -166,12 +166,7 @@ def _visible(size):
     """The environment of a process that is to see so many GPUs."""
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = seen.split(",") if seen else map(str, itertools.count())
-    found = {"CUDA_VISIBLE_DEVICES": ",".join(itertools.islice(names, size))}
-    if size > 1:
-        # TensorFlow else takes all memory, and NCCL needs some: on four H200
-        # it failed, "unhandled cuda error", and did not where this was set.
-        found["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"
-    return found
+    return {"CUDA_VISIBLE_DEVICES": ",".join(itertools.islice(names, size))}
 
 
 def run(part, made, folder, end):
