@@ -36,16 +36,18 @@ def on_host(function, *args):
 
     Args:
         function: called with `args`, on a mesh: only its programs tell shapes.
+            Programs that end with it are not seen, so it may return them.
 
     Returns:
         List of `OnHost`, the largest first.
     """
     before = set(context.context().list_function_names())
-    function(*args)
+    kept = function(*args)
     after = set(context.context().list_function_names())
     found = set()
     for name in after - before:
         found |= set(_of_function(context.context().get_function_def(name)))
+    del kept
     return sorted(found, reverse=True)
 
 

@@ -8,6 +8,7 @@ from moe_tf import plans
 from moe_tf import xla
 from moe_tf.benchmarks import mesh_text
 from moe_tf.distribute import MeshStrategy
+from moe_tf.layers import vocabulary_chunks
 from tests import every_router
 from tests import gpu_kernels
 from tests.distribute import process
@@ -32,7 +33,27 @@ def language_model(gpu, folder):
         size = prepared.vocabulary.size
         found.append(mesh_text.train(strategy, setting, batches, size))
 
-    return gpu_kernels.on_host(train), *found
+    on_host = gpu_kernels.on_host(train)
+    return on_host + gpu_kernels.on_host(whole_softmax, strategy), *found
+
+
+def whole_softmax(strategy):
+    """The softmax of translation, and its gradients."""
+
+    def gradients(x_TD, targets_T):
+        kernel_VD = tf.zeros((20, 8))
+        with tf.GradientTape() as tape:
+            tape.watch(x_TD)
+            nll_T = vocabulary_chunks.full_nll(x_TD, kernel_VD, targets_T)
+        return tape.gradient(nll_T, x_TD)
+
+    @tf.function(autograph=False)
+    def step(*batch):
+        return strategy.run(gradients, batch)
+
+    x_TD = np.ones((WORDS, 8), "float32")
+    step(*strategy.put_batch((x_TD, np.zeros(WORDS, "int32")), whole=True))
+    return step  # Its program is there as long as it is.
 
 
 def test_nothing_of_the_words_goes_by_way_of_the_host(tmp_path):

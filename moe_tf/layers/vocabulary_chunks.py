@@ -41,6 +41,8 @@ def log_sum_and_target(
     """
     wide = tf.float64 if features_TD.dtype == tf.float64 else tf.float32
     chunks = _chunks(features_TD.shape[0], kernel_VD.shape[0], chunk_bytes)
+    # GPUs leave comparisons of int32 to the host.
+    targets_T = tf.cast(targets_T, "int64")
 
     @tf.custom_gradient
     def run(features_TD, kernel_VD):
@@ -81,7 +83,7 @@ def _logits(features_TD, rows_WD, wide):
 
 def _is_target(targets_T, start, size, dtype):
     """One where a word of the chunk is the token's target."""
-    ids_1W = tf.expand_dims(start + tf.range(size), 0)
+    ids_1W = tf.expand_dims(start + tf.range(size, dtype="int64"), 0)
     return tf.cast(tf.equal(tf.expand_dims(targets_T, 1), ids_1W), dtype)
 
 

@@ -5,7 +5,6 @@ import inspect
 import keras
 from keras import ops
 
-from moe_tf import sharding
 from moe_tf.data.vocabulary import PAD
 from moe_tf.layers import mesh_rows
 from moe_tf.layers.moe import SparseMoE
@@ -142,9 +141,7 @@ class TranslationModel(keras.Model):
         """Rows of a table, or of the softmax's where there is none."""
         if table is None:
             return self.softmax.embed(tokens)
-        unsharded = (None,) * len(tokens.shape)
-        rows = table(sharding.constrain(tokens, *unsharded))
-        return mesh_rows.share(rows)
+        return mesh_rows.share(table(mesh_rows.all_ids(tokens)))
 
     def _make_experts(self, layer, name):
         return SparseMoE(
