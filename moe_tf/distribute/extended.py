@@ -27,24 +27,26 @@ class ReplicaContext(dtensor_util.DTensorReplicaContext):
     """One replica: tensors are global, so gradients are summed already."""
 
     def all_reduce(self, reduce_op, value, options=None):
-        if any(isinstance(o, _DIVIDING) for o in variables.optimizers()):
-            return tf.nest.map_structure(
-                self._whole_rows, value, expand_composites=False
-            )
-        return value
+        return tf.nest.map_structure(
+            self._sparse, value, expand_composites=False
+        )
 
-    def _whole_rows(self, gradient):
-        """Sparse gradients on every device, as such optimizers need them.
+    def _sparse(self, gradient):
+        """Sparse gradients as optimizers need them on a mesh.
 
-        They divide the gradient's rows by dense values and keep rows that
-        become NaN, found by `tf.where`, which DTensor cannot lay out.
+        DTensor gives the scatters of Keras's sparse arithmetic a shape in
+        int32, whatever the indices are. Optimizers that divide the gradient's
+        rows by dense values keep rows that become NaN, found by `tf.where`,
+        which DTensor cannot lay out, so they get them on every device.
         """
         if not isinstance(gradient, tf.IndexedSlices):
             return gradient
-        values, indices = (
-            self.strategy.constrain(part, *(None,) * part.shape.rank)
-            for part in (gradient.values, gradient.indices)
-        )
+        values, indices = gradient.values, tf.cast(gradient.indices, "int32")
+        if any(isinstance(o, _DIVIDING) for o in variables.optimizers()):
+            values, indices = (
+                self.strategy.constrain(part, *(None,) * part.shape.rank)
+                for part in (values, indices)
+            )
         return tf.IndexedSlices(values, indices, gradient.dense_shape)
 
     def _update(self, var, fn, args=(), kwargs=None, group=True):
