@@ -70,13 +70,14 @@ def top_k_and_next(logits_TE, k):
     """
     num_experts = logits_TE.shape[-1]
     most = min(k + 1, num_experts)
-    if narrow_top_k.pays(num_experts):
+    narrow = narrow_top_k.pays(num_experts)
+    if narrow:
         expert = narrow_top_k.indices(logits_TE, most)
-        top = entries(logits_TE, expert)
     else:
         top, expert = ops.top_k(logits_TE, most)
-        if sharding.axes() is not None:
-            top = entries(logits_TE, expert)  # for its gradient
+    if narrow or sharding.axes() is not None:
+        top = entries(logits_TE, expert)  # on a mesh for its gradient
+    # GPUs leave a slice of int32 to the host.
     return top, ops.cast(plans.numbers(expert)[..., :k], "int32")
 
 

@@ -27,8 +27,9 @@ def pays(num_columns):
 def indices(x_NV, k):
     """The indices that `tf.math.top_k` gives.
 
-    Of equal entries the first comes first. NaN counts as larger than all, and
-    the indices of a row are distinct whatever it holds.
+    Of equal entries the first comes first. NaN counts as infinity, what is
+    below 0.99 of the least finite number as that, and the indices of a row are
+    distinct whatever it holds.
 
     Args:
         x_NV: float `(..., V)`.

@@ -158,7 +158,7 @@ def plan_blocks(
     XLA wants.
 
     Args:
-        expert_TK: int32.
+        expert_TK: int32 or what `numbers` makes of it.
         num_experts: int, `E`.
         block_size: int.
         most: optional int, the most tokens that any expert gets, where that
@@ -177,7 +177,7 @@ def plan_blocks(
     dtype = count_E.dtype
     if limit is not None:
         limit = ops.convert_to_tensor(limit, "int32")
-    placed_E = _placed(count_E, limit)
+    placed_E = placed(count_E, limit)
     blocks_E = (placed_E + block_size - 1) // block_size
     end_E = ops.cumsum(blocks_E)
     block_N = ops.arange(num_blocks, dtype=dtype)
@@ -199,7 +199,7 @@ def plan_capacity(expert_TK, num_experts, slots, limit=None, priority_TK=None):
     """One block of slots an expert; what overflows is dropped.
 
     Args:
-        expert_TK: int32.
+        expert_TK: int32 or what `numbers` makes of it.
         num_experts: int, `E`.
         slots: int or int32 scalar, slots of each expert.
         limit: optional int32 scalar, how many of them an expert may use.
@@ -211,7 +211,7 @@ def plan_capacity(expert_TK, num_experts, slots, limit=None, priority_TK=None):
     expert_N = ops.arange(num_experts, dtype=count_E.dtype)
     limit = ops.convert_to_tensor(slots if limit is None else limit, "int32")
     slots = like(slots, expert_N)
-    placed_E = _placed(count_E, limit)
+    placed_E = placed(count_E, limit)
     assignment_S, slot_TK = _place(
         expert_TK, order_A, row_A, count_E, placed_E, expert_N,
         expert_N * slots, slots,
@@ -237,7 +237,7 @@ def capacity(num_assignments, num_experts, capacity_factor):
 
 
 def placed(count_E, limit):
-    """How many of an expert's assignments have a slot, int32 `(E,)`."""
+    """How many of an expert's assignments have a slot, `(E,)`."""
     return count_E if limit is None else ops.minimum(count_E, limit)
 
 
@@ -292,17 +292,14 @@ def _sort(expert_TK, num_experts, priority_TK=None):
         ops.arange(num_assignments, dtype=dtype),
         ops.cast([num_assignments], dtype),
     )
+    # Of int32, for which GPUs have these sums; of int64 they have not.
     count_E = ops.segment_sum(
-        ops.ones_like(expert_A), expert_A, num_segments=num_experts + 1
+        ops.ones_like(expert_A, dtype="int32"),
+        expert_A,
+        num_segments=num_experts + 1,
     )[:num_experts]
+    count_E = ops.cast(count_E, dtype)
     return order_A, row_A, count_E
-
-
-def _placed(count_E, limit):
-    """As `placed`, in the dtype of the counts."""
-    return placed(
-        count_E, None if limit is None else ops.cast(limit, count_E.dtype)
-    )
 
 
 def _place(

@@ -18,6 +18,7 @@ _HANDED_ON = {
     *("PartitionedCall", "StatefulPartitionedCall", "StatelessWhile", "While"),
     *("If", "StatelessIf", "Identity", "IdentityN", "Reshape", "ExpandDims"),
     *("Squeeze", "StopGradient", "PreventGradient", "Shape", "Const"),
+    *("NoOp", "Placeholder"),
 }
 
 
@@ -51,25 +52,41 @@ def on_host(function, *args):
     return sorted(found, reverse=True)
 
 
+def on_host_in(graph):
+    """The same of a `tf.Graph` whose shapes are known."""
+    found = set()
+    for op in graph.get_operations():
+        tensors = [*op.inputs, *op.outputs]
+        shapes = [tuple(tensor.shape.as_list()) for tensor in tensors]
+        found |= set(_of_node(op.node_def, shapes))
+    return sorted(found, reverse=True)
+
+
 def _of_function(definition):
     nodes = {node.name: node for node in definition.node_def}
     for node in nodes.values():
-        if node.op in _HANDED_ON or "_output_shapes" not in node.attr:
+        if "_output_shapes" in node.attr:
+            inputs = [name for name in node.input if not name.startswith("^")]
+            yield from _of_node(
+                node,
+                [
+                    *(_shape_of(name, nodes) for name in inputs),
+                    *map(_sizes, node.attr["_output_shapes"].list.shape),
+                ],
+            )
+
+
+def _of_node(node, shapes):
+    if node.op in _HANDED_ON:
+        return
+    op, kernel = op_def_registry.get(node.op), _kernel(node)
+    tensors = _arguments(node, op.input_arg) + _arguments(node, op.output_arg)
+    for (name, dtype), shape in zip(tensors, shapes, strict=True):
+        if shape is None or dtype in ("resource", "variant", "string"):
             continue
-        op = op_def_registry.get(node.op)
-        kernel = _kernel(node)
-        read = _arguments(node, op.input_arg)
-        written = _arguments(node, op.output_arg)
-        shapes = [
-            *(_shape_of(name, nodes) for name in node.input[: len(read)]),
-            *map(_sizes, node.attr["_output_shapes"].list.shape),
-        ]
-        for (name, dtype), shape in zip(read + written, shapes, strict=True):
-            if shape is None or dtype in ("resource", "variant", "string"):
-                continue
-            if kernel is None or name in kernel.host_memory_arg:
-                size = tf.as_dtype(dtype).size * math.prod(shape)
-                yield OnHost(size, node.op, dtype, shape, node.name)
+        if kernel is None or name in kernel.host_memory_arg:
+            size = tf.as_dtype(dtype).size * math.prod(shape)
+            yield OnHost(size, node.op, dtype, shape, node.name)
 
 
 @functools.cache

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from moe_tf import groups
 from moe_tf import plans
 from moe_tf import xla
 from moe_tf.benchmarks import mesh_text
@@ -115,6 +116,30 @@ def test_the_layer_gives_the_same(router, setting, monkeypatch):
     monkeypatch.setattr(xla, "runs_ops_on_gpu", lambda: True)
     for one, other in zip(outputs_and_gradients(), want, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
+
+
+PLANS = {
+    "rows": lambda expert_TK: plans.plan_rows(expert_TK, 8),
+    "blocks": lambda expert_TK: plans.plan_blocks(expert_TK, 8, 5),
+    "capacity": lambda expert_TK: plans.plan_capacity(expert_TK, 8, 40),
+    "groups": lambda expert_TK: groups.plan(expert_TK[None], 8, 40),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_no_table_of_a_plan_is_on_the_host(name):
+    @tf.function(autograph=False)
+    def make(expert_TK):
+        return tuple(PLANS[name](expert_TK))
+
+    in_int32, in_int64 = (
+        gpu_kernels.on_host_in(
+            make.get_concrete_function(tf.TensorSpec((128, 2), dtype)).graph
+        )
+        for dtype in ("int32", "int64")
+    )
+    assert in_int32[0].bytes >= 4 * 128
+    assert in_int64[0].bytes < 4 * 128, in_int64[:3]
 
 
 def test_numbers_of_plans_are_wide_on_gpus_alone(monkeypatch):

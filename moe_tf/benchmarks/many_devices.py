@@ -46,7 +46,10 @@ _REFERENCE = flags.DEFINE_bool(
     "Whether `equality` trains on one device; else that lies in `--out`.",
 )
 _WORDS = flags.DEFINE_integer(
-    "words", None, "Of a device in `weak`. Defaults to 32,768 on GPUs.", 1
+    "words",
+    None,
+    "Of a device in `weak` and `own_cost`. Defaults to 32,768, on CPUs to 96.",
+    1,
 )
 _SECONDS = flags.DEFINE_float("seconds", 150, "Limit of a measurement.", 1)
 _TOTAL = flags.DEFINE_float("total", 480, "Limit of all, in seconds.", 1)
@@ -158,7 +161,7 @@ class Benchmark:
 def _flat(axes, settings):
     """What tells jobs of one function apart."""
     yield from (f"{name}{size}" for name, size in (axes or {"none": 1}).items())
-    told = ("scaling", "jit_compile", "share")
+    told = ("scaling", "words", "jit_compile", "share")
     yield from (settings[name] for name in told if name in settings)
 
 

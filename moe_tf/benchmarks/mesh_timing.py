@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import math
 
 import keras
 import numpy as np
@@ -64,7 +65,7 @@ def link_record(strategy, shape_GECD, dtype, number, repeats):
     cross.
 
     Returns:
-        `(seconds, GB/s)`
+        `(seconds, GB/s)`; NaN where more take no longer on a busy machine.
     """
     times = 8
     calls = {
@@ -72,7 +73,7 @@ def link_record(strategy, shape_GECD, dtype, number, repeats):
         for count in (number, (1 + times) * number)
     }
     few, many = timing.medians(calls, repeats, wait=wait).values()
-    seconds = (many - few) / times
+    seconds = (many - few) / times if many > few else math.nan
     size = strategy.axes["batch"]
     held = np.prod(shape_GECD, dtype="int64") // size * tf.as_dtype(dtype).size
     crossing = number * held * (size - 1) / size

@@ -279,19 +279,14 @@ def _refuse_what_has_started():
 def use_nccl(device_type):
     """Lets GPUs talk to each other by NCCL; else all goes through hosts.
 
-    NCCL needs memory too, and fails with "unhandled cuda error" where
-    TensorFlow has taken all, so that it takes what it needs, as it needs it.
-
-    Raises:
-        RuntimeError: TensorFlow has started.
+    And lets TensorFlow take memory as it needs it: where it has taken all,
+    NCCL has none and fails, "unhandled cuda error". It is said by the
+    environment, since DTensor splits the CPU, with which TensorFlow forgets
+    `set_memory_growth`. What the environment says already stands.
     """
-    if device_type != "GPU":
-        return
-    os.environ.setdefault("DTENSOR_GPU_USE_NCCL_COMMUNICATION", "1")
-    for gpu in tf.config.get_visible_devices("GPU"):
-        undecided = tf.config.experimental.get_memory_growth(gpu) is None
-        if undecided and not tf.config.get_logical_device_configuration(gpu):
-            tf.config.experimental.set_memory_growth(gpu, True)
+    if device_type == "GPU":
+        os.environ.setdefault("DTENSOR_GPU_USE_NCCL_COMMUNICATION", "1")
+        os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 
 
 def _check_gpus(number, device_type):

@@ -187,10 +187,10 @@ def _start_accelerators(device_type, size, axes):
         )
     if accelerator_util.is_initialized():
         return
+    clusters.use_nccl(device_type)
     try:
-        clusters.use_nccl(device_type)
         dtensor.initialize_accelerator_system(device_type)
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
         raise RuntimeError(
             "TensorFlow has started already. Make the strategy before "
             "anything else that uses TensorFlow (tensors, models, datasets)."

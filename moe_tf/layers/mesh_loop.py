@@ -12,7 +12,7 @@ def while_loop(cond, body, loop_vars):
 
     There every variable must keep its layout, so `body` says it anew
     (`sharding.constrain`). Neither TensorLists nor `x[None]`, `x[1:]` have a
-    layout inside: use `tf.gather`, `tf.slice`, `tf.expand_dims`.
+    layout inside: use `tf.slice`, `tf.squeeze`, `tf.expand_dims`.
 
     Args:
         cond, body, loop_vars: those of `tf.while_loop`.

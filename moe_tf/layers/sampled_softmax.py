@@ -172,8 +172,7 @@ class SampledSoftmax(keras.layers.Layer):
         }
 
     def _sampled(self, x_TD, targets_T):
-        # GPUs leave what is done to int32 to the host.
-        ids_J, targets_T = (
+        ids_J, targets_T = (  # see `mesh_rows.all_ids`
             ops.cast(ids, "int64") for ids in (self.draw(), targets_T)
         )
         ids = ops.concatenate([ids_J, mesh_rows.all_ids(targets_T)], axis=0)

@@ -41,8 +41,7 @@ def log_sum_and_target(
     """
     wide = tf.float64 if features_TD.dtype == tf.float64 else tf.float32
     chunks = _chunks(features_TD.shape[0], kernel_VD.shape[0], chunk_bytes)
-    # GPUs leave comparisons of int32 to the host.
-    targets_T = tf.cast(targets_T, "int64")
+    targets_T = tf.cast(targets_T, "int64")  # see `mesh_rows.all_ids`
 
     @tf.custom_gradient
     def run(features_TD, kernel_VD):

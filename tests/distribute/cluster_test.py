@@ -257,29 +257,16 @@ def test_refuses_to_start(devices, device_type, message):
         clusters.start(clusters.Cluster(), devices, device_type)
 
 
-@pytest.mark.parametrize(
-    "growth,limit,expected",
-    [
-        (None, None, {"one": True, "two": True}),
-        (None, ["a limit of memory"], {}),
-        (False, None, {}),  # The user has decided.
-    ],
-)
-def test_gpus_leave_memory_to_nccl(growth, limit, expected, monkeypatch):
-    monkeypatch.setenv("DTENSOR_GPU_USE_NCCL_COMMUNICATION", "0")  # Undone.
-    told = {}
-    for name, function in {
-        "get_visible_devices": lambda kind: ["one", "two"],
-        "get_logical_device_configuration": lambda gpu: limit,
-    }.items():
-        monkeypatch.setattr(tf.config, name, function)
-    for name, function in {
-        "get_memory_growth": lambda gpu: growth,
-        "set_memory_growth": told.__setitem__,
-    }.items():
-        monkeypatch.setattr(tf.config.experimental, name, function)
+@pytest.mark.parametrize("before,after", [(None, "true"), ("false", "false")])
+def test_gpus_leave_memory_to_nccl(before, after, monkeypatch):
+    names = "DTENSOR_GPU_USE_NCCL_COMMUNICATION", "TF_FORCE_GPU_ALLOW_GROWTH"
+    for name in names:
+        monkeypatch.setenv(name, "")  # Undone after the test.
+        monkeypatch.delenv(name)
+    if before:
+        monkeypatch.setenv(names[1], before)
     clusters.use_nccl("CPU")
-    assert told == {}
+    assert names[0] not in os.environ
+    assert os.environ.get(names[1]) == before
     clusters.use_nccl("GPU")
-    assert told == expected
-    assert os.environ["DTENSOR_GPU_USE_NCCL_COMMUNICATION"] == "0"
+    assert [os.environ[name] for name in names] == ["1", after]
