@@ -16,11 +16,8 @@ from moe_tf.distribute import placement
 from moe_tf.distribute import randomness
 from moe_tf.distribute import variables
 
-_DIVIDING = (
-    keras.optimizers.Adafactor,
-    keras.optimizers.Adagrad,
-    keras.optimizers.RMSprop,
-)
+# They do no more with sparse gradients than add them to dense values.
+_ADDING = (keras.optimizers.SGD, keras.optimizers.Adam)
 
 
 class ReplicaContext(dtensor_util.DTensorReplicaContext):
@@ -34,18 +31,19 @@ class ReplicaContext(dtensor_util.DTensorReplicaContext):
     def _sparse(self, gradient):
         """Sparse gradients as optimizers need them on a mesh.
 
-        DTensor gives the scatters of Keras's sparse arithmetic a shape in
-        int32, whatever the indices are. Optimizers that divide the gradient's
-        rows by dense values keep rows that become NaN, found by `tf.where`,
-        which DTensor cannot lay out, so they get them on every device.
+        Most do more with them than add them to dense values. Some divide
+        their rows by dense values and keep rows that become NaN, found by
+        `tf.where`, which DTensor cannot lay out; so every device gets all. And
+        Keras's scatters get a shape in int32 from DTensor, whatever the
+        indices are.
         """
         if not isinstance(gradient, tf.IndexedSlices):
             return gradient
-        values, indices = gradient.values, tf.cast(gradient.indices, "int32")
-        if any(isinstance(o, _DIVIDING) for o in variables.optimizers()):
+        values, indices = gradient.values, gradient.indices
+        if not all(isinstance(o, _ADDING) for o in variables.optimizers()):
             values, indices = (
                 self.strategy.constrain(part, *(None,) * part.shape.rank)
-                for part in (values, indices)
+                for part in (values, tf.cast(indices, "int32"))
             )
         return tf.IndexedSlices(values, indices, gradient.dense_shape)
 
