@@ -1,28 +1,118 @@
-"""A loop that DTensor can lay out."""
+"""A loop over the positions of sequences that DTensor can lay out.
+
+`tf.while_loop` and `tf.scan` keep what they gather in TensorLists, which have
+no layout on a mesh. Here it goes into plain tensors.
+
+Letters: `D` any width.
+"""
 
 import itertools
 
 import tensorflow as tf
 
+from moe_tf import sharding
+
 _NUMBERS = itertools.count()
+# Of one iteration. More make a larger program; fewer start more kernels, and
+# copy what has been gathered more often.
+_MOST_POSITIONS = 4
 
 
-def while_loop(cond, body, loop_vars):
-    """`tf.while_loop`, one iteration after another, that works on a mesh too.
+def scan(step, sequences, widths, reverse=False):
+    """Calls `step` at one position after another.
 
-    There every variable must keep its layout, so `body` says it anew
-    (`sharding.constrain`). Neither TensorLists nor `x[None]`, `x[1:]` have a
-    layout inside: use `tf.slice`, `tf.squeeze`, `tf.expand_dims`.
+    Sequences are shared by the devices along `batch`, whose number must
+    divide `B`. Gradients do not pass through it.
 
     Args:
-        cond, body, loop_vars: those of `tf.while_loop`.
+        step: function of `(states, rows)`, two lists, that returns the next
+            states and the outputs. All are of `(B, D)`: `rows` one of each of
+            `sequences`, states and outputs one of each of `widths`.
+        sequences: list of tensors `(L, B, D)`, of known sizes and one dtype.
+        widths: list of ints. States are zeros at first.
+        reverse: bool, whether to go from the last position to the first.
 
     Returns:
-        The last values.
+        List of the outputs, `(L, B, D)`; the first belongs to position 0.
     """
+    length, batch, _ = sequences[0].shape
+    number = _positions(length)
+    put = _prepend if reverse else _append
+
+    def advance(t, *carried):
+        states, gathered = carried[: len(widths)], carried[len(widths) :]
+        first = length - number - t if reverse else t
+        read = [_read(x_LBD, first, number) for x_LBD in sequences]
+        outputs = []
+        for rows in list(zip(*read, strict=True))[:: -1 if reverse else 1]:
+            states, found = step(states, rows)
+            outputs.append(found)
+        outputs = outputs[:: -1 if reverse else 1]
+        gathered = map(put, gathered, zip(*outputs, strict=True))
+        return t + number, *map(said, states), *gathered
+
+    def zeros(*shape):
+        return said(tf.zeros(shape, sequences[0].dtype))
+
+    states = [zeros(batch, width) for width in widths]
+    gathered = [zeros(length, batch, width) for width in widths]
     # DTensor names functions after the loop, and programs of other shapes
     # must not have a function of the same name.
-    name = f"mesh_loop_{next(_NUMBERS)}_"
-    return tf.while_loop(
-        cond, body, loop_vars, parallel_iterations=1, name=name
+    _, *last = tf.while_loop(
+        lambda t, *_: t < length,
+        advance,
+        (0, *states, *gathered),
+        parallel_iterations=1,
+        name=f"mesh_loop_{next(_NUMBERS)}_",
     )
+    return last[len(widths) :]
+
+
+def delayed(x_LBD):
+    """What stood one position before; zeros at the first."""
+    return _prepend(x_LBD, [tf.zeros(x_LBD.shape[1:], x_LBD.dtype)])
+
+
+def said(x):
+    """`x (..., B, D)`, sequences shared by the devices along `batch`.
+
+    Loops want it said: their variables must keep their layout.
+    """
+    return sharding.constrain(x, *(None,) * (x.shape.rank - 2), "batch", None)
+
+
+def _positions(length):
+    """How many positions an iteration has: of its divisors the largest."""
+    most = min(length, _MOST_POSITIONS)
+    return next(n for n in range(most, 0, -1) if length % n == 0)
+
+
+def _read(x_LBD, first, number):
+    """Rows `(B, D)` of so many positions, from `first` on."""
+    # A gather wants `first` on the device, which holds up a GPU each time.
+    _, batch, width = x_LBD.shape
+    return tf.unstack(tf.slice(x_LBD, [first, 0, 0], [number, batch, width]))
+
+
+# Positions come one after the other, so arrays that move on are full at the
+# end. `tf.tensor_scatter_nd_update` copies all positions as well, and on GPUs
+# has no bfloat16: it goes by way of the host.
+
+
+def _append(x_LBD, rows):
+    """`x_LBD` without its first positions, and `rows` as the last."""
+    length, batch, width = x_LBD.shape
+    start, kept = [len(rows), 0, 0], [length - len(rows), batch, width]
+    later = tf.slice(x_LBD, start, kept)
+    new = [tf.expand_dims(row_BD, 0) for row_BD in rows]
+    return said(tf.concat([later, *new], axis=0))
+
+
+def _prepend(x_LBD, rows):
+    """`x_LBD` without its last positions, and `rows` as the first."""
+    length, batch, width = x_LBD.shape
+    # Not `x[:-1]`, here and above: strided slices of two kinds have no layout.
+    kept = [length - len(rows), batch, width]
+    earlier = tf.slice(x_LBD, [0, 0, 0], kept)
+    new = [tf.expand_dims(row_BD, 0) for row_BD in rows]
+    return said(tf.concat([*new, earlier], axis=0))
