@@ -6,6 +6,7 @@ import time
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from moe_tf import plans
 from moe_tf.benchmarks import mesh_timing
@@ -35,7 +36,7 @@ def measure(
     jit_compile="auto",
     steps=15,
 ):
-    """Times steps of `MoE-<experts>` with Adam, through `train_on_batch`.
+    """Times steps of `MoE-<experts>` with Adam, through `fit`.
 
     Args:
         axes: dict with one axis, `batch`; None for no mesh.
@@ -58,15 +59,11 @@ def measure(
         scorer = _build(
             experts, groups, width, vocabulary, sampled, jit_compile
         )
-    batch = _batch(words // length, length, vocabulary)
-    if strategy:
-        batch = strategy.put_batch(batch, whole=True)
-    else:
-        batch = keras.tree.map_structure(keras.ops.convert_to_tensor, batch)
+    data = _data(words // length, length, vocabulary)
     start = time.perf_counter()
-    ops = collectives.of(scorer.train_on_batch, *batch)
+    ops = collectives.of(_fit, scorer, data, 1)
     first = time.perf_counter() - start
-    seconds = _median_step(scorer, batch, steps)
+    seconds = statistics.median(_fit(scorer, data, steps + 2)[2:])
     model = scorer.language_model
     multiplied = variants.count(model.variant).ops_per_timestep
     multiplied += width * min(sampled + 1, vocabulary)
@@ -121,20 +118,24 @@ def _build(experts, groups, width, vocabulary, sampled, jit_compile):
     return scorer
 
 
-def _batch(rows, length, vocabulary):
+def _data(rows, length, vocabulary):
     """Words drawn about as often as in a text: `1 / rank`."""
     rng = np.random.default_rng(0)
     ids = np.exp(rng.uniform(0, np.log(vocabulary), (rows, length + 1)))
     ids = np.clip(ids.astype("int32"), 4, vocabulary - 1)
     tokens, targets = ids[:, :-1].copy(), ids[:, 1:].copy()
-    inputs = {"tokens": tokens, "targets": targets}
-    return inputs, targets, np.ones_like(targets, "float32")
+    batch = {"tokens": tokens, "targets": targets}, targets
+    batch = *batch, np.ones_like(targets, "float32")
+    return tf.data.Dataset.from_tensors(batch).repeat().prefetch(2)
 
 
-def _median_step(scorer, batch, steps):
-    taken = []
-    for _ in range(steps + 2):
-        start = time.perf_counter()
-        scorer.train_on_batch(*batch)  # Its loss comes to the host.
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken[2:])
+def _fit(scorer, data, steps):
+    """Seconds of each step."""
+    ends = [time.perf_counter()]
+
+    def end(step, logs):  # Which are on the host by now.
+        ends.append(time.perf_counter())
+
+    callback = keras.callbacks.LambdaCallback(on_train_batch_end=end)
+    scorer.fit(data, steps_per_epoch=steps, verbose=0, callbacks=[callback])
+    return np.diff(ends)

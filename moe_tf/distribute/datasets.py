@@ -1,5 +1,7 @@
 """Batches of a `tf.data.Dataset`, placed on a mesh."""
 
+import functools
+
 import tensorflow as tf
 
 from moe_tf.distribute import peers
@@ -47,31 +49,63 @@ class MeshDataset:
 
 
 class MeshIterator:
-    """Places one batch after another."""
+    """Places one batch after another.
+
+    `fit` and `evaluate` let it look ahead, so one batch more than they use may
+    be drawn from the data, and lies on the devices beside the current one.
+    """
 
     def __init__(self, iterator, strategy, whole):
         self._iterator = iterator
         self._strategy = strategy
         self._whole = whole
         self._drawn = 0
+        self._ahead = None
 
     def __iter__(self):
         return self
 
     def __next__(self):
+        self.look_ahead()
+        (draw, place), self._ahead = self._ahead, None
         try:
-            batch = next(self._iterator)
+            batch = draw()
         except StopIteration:
             peers.agree("the end of the data after {} batches", self._drawn)
             raise
         self._drawn += 1
+        # Not before it is asked for: who agrees to a batch takes the step.
         if self._strategy.num_processes > 1:
             describe = peers.digest if self._whole else peers.describe
             peers.agree("batch {}", self._drawn, describe(batch))
         try:
-            return self._strategy.put_batch(batch, self._whole)
+            return place()
         except tf.errors.OutOfRangeError as error:
             raise not_the_end(error, "A batch could not be placed") from error
+
+    def look_ahead(self):
+        """Draws and places the next batch now, while devices are at work.
+
+        What `next` is to give or raise is kept until it is called.
+        """
+        if self._ahead is None:
+            draw = _outcome(lambda: next(self._iterator))
+            put_batch = self._strategy.put_batch
+            place = _outcome(lambda: put_batch(draw(), self._whole))
+            self._ahead = draw, place
+
+
+def _outcome(function):
+    """A function that returns or raises what `function` does now."""
+    try:
+        result = function()
+    except Exception as error:
+        return functools.partial(_throw, error)
+    return lambda: result
+
+
+def _throw(error):
+    raise error
 
 
 def not_the_end(error, what):

@@ -74,7 +74,10 @@ def _placing_batches(make_function):
             if shapes not in functions:
                 functions[shapes] = make_function(self, step_function)
             with _finishing_steps():
-                return functions[shapes](iter(batches))
+                logs = functions[shapes](iter(batches))
+                if isinstance(iterator, datasets.MeshIterator):
+                    iterator.look_ahead()
+            return logs
 
         return run
 

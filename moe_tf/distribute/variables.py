@@ -81,7 +81,9 @@ class MeshVariable(dtensor.DVariable):
             value = tf.convert_to_tensor(value, dtype=self.dtype)
         if dtensor.is_dtensor(value):
             return placement.relayout(value, self.layout)
-        return placement.put(tf.broadcast_to(value, self.shape), self.layout)
+        with placement.host():
+            value = tf.broadcast_to(value, self.shape)
+        return placement.put(value, self.layout)
 
 
 def find_path(name, initial_value):

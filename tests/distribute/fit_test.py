@@ -8,8 +8,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.experimental import dtensor
 
 from moe_tf.distribute import MeshStrategy
+from moe_tf.distribute import datasets
+from moe_tf.distribute import placement
 from tests.distribute import models
 from tests.distribute import process
 
@@ -252,3 +255,53 @@ def test_errors_are_not_the_end_of_the_data():
     told = [warning for warning in found["warnings"] if "whole" in warning]
     assert len(told) == 1
     assert "11 examples" in told[0]
+
+
+def looked_ahead():
+    strategy, drawn = MeshStrategy({"batch": 2}), []
+
+    def generate():
+        for number in range(3):
+            drawn.append(number)
+            yield tf.fill(4, number)
+        raise tf.errors.InvalidArgumentError(None, None, "a bad line")
+
+    iterator = datasets.MeshIterator(generate(), strategy, whole=False)
+    iterator.look_ahead()
+    iterator.look_ahead()
+    found = {"drawn": list(drawn)}
+    found["values"] = [placement.get(next(iterator))[0] for _ in range(3)]
+    iterator.look_ahead()  # The error waits for who asks.
+    try:
+        next(iterator)
+    except tf.errors.InvalidArgumentError as error:
+        found["error"] = str(error)
+    return found
+
+
+def placed_after_each_step():
+    strategy = MeshStrategy({"batch": 2})
+    with strategy.scope():
+        model = classifier()
+        model.compile("sgd", "sparse_categorical_crossentropy")
+    put_batch, placed, found = strategy.put_batch, [], []
+
+    def put_and_count(batch, *args):
+        if not dtensor.is_dtensor(tf.nest.flatten(batch)[0]):
+            placed.append(batch)
+        return put_batch(batch, *args)
+
+    strategy.put_batch = put_and_count
+    callback = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda step, logs: found.append(len(placed))
+    )
+    model.fit(dataset(), verbose=0, callbacks=[callback])
+    return found
+
+
+def test_the_next_batch_is_placed_while_devices_work():
+    found = process.run(looked_ahead)
+    assert found["drawn"] == [0]
+    assert found["values"] == [0, 1, 2]
+    assert "a bad line" in found["error"]
+    assert process.run(placed_after_each_step) == [2, 3, 3]
