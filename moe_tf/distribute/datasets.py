@@ -1,7 +1,5 @@
 """Batches of a `tf.data.Dataset`, placed on a mesh."""
 
-import functools
-
 import tensorflow as tf
 
 from moe_tf.distribute import peers
@@ -52,14 +50,15 @@ class MeshIterator:
     """Places one batch after another.
 
     `fit` and `evaluate` let it look ahead, so one batch more than they use may
-    be drawn from the data, and lies on the devices beside the current one.
+    be drawn from the data. It lies on the devices beside the current one; that
+    of data which `fit` keeps from epoch to epoch, through other work too.
     """
 
     def __init__(self, iterator, strategy, whole):
         self._iterator = iterator
         self._strategy = strategy
         self._whole = whole
-        self._drawn = 0
+        self._given = 0
         self._ahead = None
 
     def __iter__(self):
@@ -67,21 +66,23 @@ class MeshIterator:
 
     def __next__(self):
         self.look_ahead()
-        (draw, place), self._ahead = self._ahead, None
-        try:
-            batch = draw()
-        except StopIteration:
-            peers.agree("the end of the data after {} batches", self._drawn)
-            raise
-        self._drawn += 1
+        (batch, placed), self._ahead = self._ahead, None
+        if batch is _END:
+            peers.agree("the end of the data after {} batches", self._given)
+            raise StopIteration
+        if isinstance(batch, Exception):
+            raise batch
+        self._given += 1
         # Not before it is asked for: who agrees to a batch takes the step.
         if self._strategy.num_processes > 1:
             describe = peers.digest if self._whole else peers.describe
-            peers.agree("batch {}", self._drawn, describe(batch))
-        try:
-            return place()
-        except tf.errors.OutOfRangeError as error:
-            raise not_the_end(error, "A batch could not be placed") from error
+            peers.agree("batch {}", self._given, describe(batch))
+        if isinstance(placed, tf.errors.OutOfRangeError):
+            what = "A batch could not be placed"
+            raise not_the_end(placed, what) from placed
+        if isinstance(placed, Exception):
+            raise placed
+        return placed
 
     def look_ahead(self):
         """Draws and places the next batch now, while devices are at work.
@@ -89,23 +90,21 @@ class MeshIterator:
         What `next` is to give or raise is kept until it is called.
         """
         if self._ahead is None:
-            draw = _outcome(lambda: next(self._iterator))
-            put_batch = self._strategy.put_batch
-            place = _outcome(lambda: put_batch(draw(), self._whole))
-            self._ahead = draw, place
+            batch, placed = _tried(next, self._iterator, _END), None
+            if batch is not _END and not isinstance(batch, Exception):
+                placed = _tried(self._strategy.put_batch, batch, self._whole)
+            self._ahead = batch, placed
 
 
-def _outcome(function):
-    """A function that returns or raises what `function` does now."""
+_END = object()
+
+
+def _tried(function, *args):
+    """What `function` returns, or the exception that it raises."""
     try:
-        result = function()
+        return function(*args)
     except Exception as error:
-        return functools.partial(_throw, error)
-    return lambda: result
-
-
-def _throw(error):
-    raise error
+        return error
 
 
 def not_the_end(error, what):

@@ -4,6 +4,7 @@
 it hands `train_on_batch`'s arrays to the step as they are, takes any
 `OutOfRangeError` for the end of the data, draws a batch to build the model
 from and throws it away, and reads predictions as if one device held them.
+The next batch is placed while devices are at work on this one.
 A step is traced for each shape of batches by itself: with Keras's one trace
 for many shapes, layers would not know what devices share.
 Besides, several processes must come in and out together, and see why not.
@@ -52,7 +53,11 @@ def _mesh_strategy(model):
 
 
 def _placing_batches(make_function):
-    """Of `_make_function`: steps that tell data from errors."""
+    """Of `_make_function`: steps that tell data from errors.
+
+    While a step runs, the next batch is placed; with `steps_per_execution`
+    that of the next execution's first step.
+    """
 
     def make(self, step_function):
         strategy = _mesh_strategy(self)

@@ -59,6 +59,9 @@ class MeshStrategy(tf.distribute.Strategy):
     the whole tensor and keeps its shard. So is the order of the data: building
     the model takes no batch from it, as it does in other strategies.
 
+    `fit` and `evaluate` draw and place the next batch while devices work on
+    one, before that one's callbacks: a batch more than they use may be drawn.
+
     A batch that the axis `batch` does not divide (the last, without
     `drop_remainder`) is computed whole by every device. That is exact for
     losses, metrics and predictions, which padding is not, and takes as much

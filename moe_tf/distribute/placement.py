@@ -192,6 +192,5 @@ def _slices(place):
 def _cut(value, place):
     if all(place[d] == (0, n) for d, n in enumerate(value.shape)):
         return value
-    # Many times faster than indexing, and done for each batch and device.
     sizes = [stop - start for start, stop in place]
     return tf.slice(value, [start for start, _ in place], sizes)

@@ -1,12 +1,12 @@
 """A loop over the positions of sequences that DTensor can lay out.
 
-`tf.while_loop` and `tf.scan` keep what they gather in TensorLists, which have
-no layout on a mesh. Here it goes into plain tensors.
-
-Letters: `D` any width.
+`tf.scan`, `tf.TensorArray` and gradients of `tf.while_loop` keep what they
+gather in TensorLists, which have no layout on a mesh. Here it goes into plain
+tensors.
 """
 
 import itertools
+import math
 
 import tensorflow as tf
 
@@ -22,21 +22,37 @@ def scan(step, sequences, widths, reverse=False):
     """Calls `step` at one position after another.
 
     Sequences are shared by the devices along `batch`, whose number must
-    divide `B`. Gradients do not pass through it.
+    divide `B`. For use inside `tf.custom_gradient`.
 
     Args:
-        step: function of `(states, rows)`, two lists, that returns the next
-            states and the outputs. All are of `(B, D)`: `rows` one of each of
-            `sequences`, states and outputs one of each of `widths`.
-        sequences: list of tensors `(L, B, D)`, of known sizes and one dtype.
-        widths: list of ints. States are zeros at first.
+        step: function of `(states, rows)` that returns the next states and
+            the outputs. All are sequences of tensors `(B, D)`: `rows` one of
+            each of `sequences`, states and outputs one of each of `widths`.
+        sequences: list of tensors `(L, B, D)`, of known sizes and one dtype;
+            `D` may differ.
+        widths: ints, `D` of each state. States are zeros at first.
         reverse: bool, whether to go from the last position to the first.
 
     Returns:
         List of the outputs, `(L, B, D)`; the first belongs to position 0.
     """
+    length = sequences[0].shape[0]
+    number, extra = _positions(length)
+    # Where the loop comes last, so that nothing follows from it.
+    sequences = [_filled(x_LBD, extra, reverse) for x_LBD in sequences]
+    outputs = _scan_filled(step, sequences, widths, number, reverse)
+    start = extra if reverse else 0
+    return [
+        tf.slice(x_LBD, [start, 0, 0], [length, *x_LBD.shape[1:]])
+        if extra
+        else x_LBD
+        for x_LBD in outputs
+    ]
+
+
+def _scan_filled(step, sequences, widths, number, reverse):
+    """The same, where an iteration of so many positions divides the length."""
     length, batch, _ = sequences[0].shape
-    number = _positions(length)
     put = _prepend if reverse else _append
 
     def advance(t, *carried):
@@ -82,9 +98,19 @@ def said(x):
 
 
 def _positions(length):
-    """How many positions an iteration has: of its divisors the largest."""
-    most = min(length, _MOST_POSITIONS)
-    return next(n for n in range(most, 0, -1) if length % n == 0)
+    """How many an iteration has, and how many the length then lacks."""
+    iterations = max(1, math.ceil(length / _MOST_POSITIONS))
+    number = math.ceil(length / iterations)
+    return number, number * iterations - length
+
+
+def _filled(x_LBD, extra, in_front):
+    """`x_LBD` with so many positions of zeros more."""
+    if not extra:
+        return x_LBD
+    zeros = said(tf.zeros((extra, *x_LBD.shape[1:]), x_LBD.dtype))
+    parts = [zeros, x_LBD] if in_front else [x_LBD, zeros]
+    return said(tf.concat(parts, axis=0))
 
 
 def _read(x_LBD, first, number):

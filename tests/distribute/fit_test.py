@@ -2,13 +2,16 @@
 
 import contextlib
 import functools
+import gc
 import warnings
+import weakref
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from tensorflow.experimental import dtensor
+from tensorflow.python.eager import context
 
 from moe_tf.distribute import MeshStrategy
 from moe_tf.distribute import datasets
@@ -279,24 +282,35 @@ def looked_ahead():
     return found
 
 
-def placed_after_each_step():
+def placed_before_waiting():
+    """Batches placed when each step is waited for; iterators that are left."""
     strategy = MeshStrategy({"batch": 2})
     with strategy.scope():
         model = classifier()
         model.compile("sgd", "sparse_categorical_crossentropy")
-    put_batch, placed, found = strategy.put_batch, [], []
+    put_batch, wait = strategy.put_batch, context.async_wait
+    look_ahead = datasets.MeshIterator.look_ahead
+    placed, found, iterators = [], [], weakref.WeakSet()
 
     def put_and_count(batch, *args):
         if not dtensor.is_dtensor(tf.nest.flatten(batch)[0]):
             placed.append(batch)
         return put_batch(batch, *args)
 
-    strategy.put_batch = put_and_count
-    callback = keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda step, logs: found.append(len(placed))
-    )
-    model.fit(dataset(), verbose=0, callbacks=[callback])
-    return found
+    def wait_and_tell():
+        found.append(len(placed))
+        wait()
+
+    def look_and_keep(self):
+        iterators.add(self)
+        look_ahead(self)
+
+    strategy.put_batch, context.async_wait = put_and_count, wait_and_tell
+    datasets.MeshIterator.look_ahead = look_and_keep
+    gc.collect()
+    gc.disable()
+    model.fit(dataset(), verbose=0)
+    return found, len(iterators)
 
 
 def test_the_next_batch_is_placed_while_devices_work():
@@ -304,4 +318,6 @@ def test_the_next_batch_is_placed_while_devices_work():
     assert found["drawn"] == [0]
     assert found["values"] == [0, 1, 2]
     assert "a bad line" in found["error"]
-    assert process.run(placed_after_each_step) == [2, 3, 3]
+    found, left = process.run(placed_before_waiting)
+    assert found[:3] == [2, 3, 3]
+    assert not left

@@ -14,7 +14,7 @@ CELLS = {
 }
 
 
-@pytest.mark.parametrize("length", [1, 2, 7])
+@pytest.mark.parametrize("length", [1, 3, 5, 8, 9, 10])
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize("wrap", [lambda f: f, tf.function])
 def test_equals_the_loop_of_keras(name, length, wrap):
