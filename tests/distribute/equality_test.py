@@ -54,8 +54,7 @@ MAIN = tuple(name for name in OPTIMIZERS if name not in SIMILAR)
 TWO_AXES = (("batch", 2), ("expert", 2))
 MESHES = {
     TWO_AXES: MAIN,
-    (("batch", 4),): ("adam", "adafactor"),
-    (("batch", 2),): ("adam",),
+    (("batch", 4),): ("adam",),
     (("batch", 1),): ("adam",),
 }
 # With 16 bits sums in another order differ by that much.

@@ -11,7 +11,7 @@ import moe_tf
 from tests.distribute import process
 
 RNG = np.random.default_rng(0)
-X = RNG.integers(1, 31, (16, 6), "int32")
+X = RNG.integers(1, 31, (16, 3), "int32")
 Y = (X + 1) % 31
 
 
@@ -19,7 +19,7 @@ def make(scope=None):
     keras.backend.clear_session()
     keras.utils.set_random_seed(0)
     with scope or contextlib.nullcontext():
-        inputs = keras.Input((6,), dtype="int32")
+        inputs = keras.Input((3,), dtype="int32")
         x = keras.layers.Embedding(32, 8, mask_zero=True)(inputs)
         # A loop, which ended the process before it was unrolled.
         x = keras.layers.LSTM(8, return_sequences=True)(x)

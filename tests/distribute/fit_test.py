@@ -168,15 +168,28 @@ def run(ways, scope=None, **kwargs):
     return found
 
 
+# Those that are much like another wait for the slow test.
+SIMILAR = (
+    *("class_weight", "evaluate_weighted", "sample_weight", "workers"),
+    "validation_data",
+)
+
+
 def unknown():
     return dataset().filter(lambda x, y: True)
 
 
-def run_all():
+def run_similar():
+    ways = {name: WAYS[name] for name in SIMILAR}
+    return run(ways), run(ways, MeshStrategy(AXES).scope())
+
+
+def run_others():
+    ways = {name: way for name, way in WAYS.items() if name not in SIMILAR}
     strategy = MeshStrategy(AXES)
     scope, plain = strategy.scope(), {"plain": fit(dataset)}
-    one = run(WAYS | plain)
-    mesh = run(WAYS, scope)
+    one = run(ways | plain)
+    mesh = run(ways, scope)
     for name, options in OPTIONS.items():
         mesh[name] = run(plain, strategy.scope(), **options)["plain"]
         one[name] = one["plain"]
@@ -187,14 +200,19 @@ def run_all():
     return one, mesh
 
 
-@functools.cache
-def results():
-    return process.run(run_all)
+results = functools.cache(process.run)
 
 
-@pytest.mark.parametrize("name", [*WAYS, *OPTIONS, "unknown"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in SIMILAR))
+        for name in (*WAYS, *OPTIONS, "unknown")
+    ],
+)
 def test_equals_one_device(name):
-    one, mesh = (run[name] for run in results())
+    run_both = run_similar if name in SIMILAR else run_others
+    one, mesh = (run[name] for run in results(run_both))
     for key, value in one[0].items():
         np.testing.assert_allclose(
             mesh[0][key], value, rtol=2e-6, atol=1e-6, err_msg=key

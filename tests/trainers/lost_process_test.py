@@ -56,7 +56,7 @@ def test_a_killed_run_of_two_processes_goes_on_in_one(tmp_path):
     )
     assert alone.returncode == 0, alone.stderr
 
-    command = [*LAUNCH, *TRAINER, f"--workdir={cut}", "--config.mesh.batch=4"]
+    command = [*LAUNCH, *TRAINER, f"--workdir={cut}", "--config.mesh.batch=2"]
     with open(tmp_path / "printed", "w+") as printed:
         launcher = subprocess.Popen(
             command, cwd=REPOSITORY, stdout=printed, stderr=printed
