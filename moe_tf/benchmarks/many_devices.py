@@ -9,6 +9,7 @@ are none (then all is small, and times say little). The parts:
 - `layer`: weak scaling of one `SparseMoE`, and its all-to-alls alone;
 - `weak`, `strong`: the language model, with words and experts of a device
   fixed, and MoE-256 shared by more devices;
+- `dense`: as `weak`, a model without experts;
 - `own_cost`: layer and model on a mesh of one device and without a mesh;
 - `largest`: the most parameters that one GPU trains.
 
@@ -32,7 +33,15 @@ from absl import flags
 
 from moe_tf.benchmarks import jobs
 
-PARTS = ("equality", "layer", "own_cost", "weak", "strong", "largest")
+PARTS = (
+    "equality",
+    "layer",
+    "own_cost",
+    "weak",
+    "strong",
+    "dense",
+    "largest",
+)
 
 _OUT = flags.DEFINE_string("out", "runs/many_devices", "Folder of results.")
 _PARTS = flags.DEFINE_list("parts", list(PARTS), f"Of {', '.join(PARTS)}.")
@@ -48,7 +57,8 @@ _REFERENCE = flags.DEFINE_bool(
 _WORDS = flags.DEFINE_integer(
     "words",
     None,
-    "Of a device in `weak` and `own_cost`. Defaults to 32,768, on CPUs to 96.",
+    "Of a device in `weak`, `dense` and `own_cost`. Defaults to 32,768, on "
+    "CPUs to 96.",
     1,
 )
 _SECONDS = flags.DEFINE_float("seconds", 150, "Limit of a measurement.", 1)
@@ -115,11 +125,15 @@ class Benchmark:
         for size in self._sizes:
             yield self._weak({"batch": size})
 
+    def dense(self):
+        for size in self._sizes:
+            yield self._weak({"batch": size}, scaling="dense", experts=0)
+
     def strong(self):
         words, experts = _STRONG[self._type]
         for size in self._sizes:
             sizes = {"words": words, "experts": experts, "groups": _GROUPS}
-            yield self._model("strong", {"batch": size}, **sizes)
+            yield self._model({"batch": size}, scaling="strong", **sizes)
 
     def largest(self):
         if self._type != "GPU":
@@ -136,10 +150,11 @@ class Benchmark:
         words = _WORDS.value or words
         size = axes["batch"] if axes else 1
         sizes = {"words": size * words, "experts": size * experts}
-        return self._model("weak", axes, groups=size, **sizes, **settings)
+        settings = {"scaling": "weak", "groups": size, **sizes, **settings}
+        return self._model(axes, **settings)
 
-    def _model(self, scaling, axes, **settings):
-        settings = {**_MODEL[self._type], **settings, "scaling": scaling}
+    def _model(self, axes, **settings):
+        settings = {**_MODEL[self._type], **settings}
         return self._job("mesh_model:measure", axes, **settings)
 
     def _job(self, function, axes, **settings):

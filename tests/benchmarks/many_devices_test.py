@@ -13,7 +13,11 @@ def test_measures_on_virtual_devices(tmp_path):
     result = subprocess.run(
         [
             *(sys.executable, "-m", "moe_tf.benchmarks.many_devices"),
-            *("--parts=layer,weak,largest", "--devices=2", "--device_type=CPU"),
+            *(
+                "--parts=layer,weak,dense,largest",
+                "--devices=2",
+                "--device_type=CPU",
+            ),
             f"--out={tmp_path}",
         ],
         cwd=ROOT,
@@ -34,5 +38,8 @@ def test_measures_on_virtual_devices(tmp_path):
     size = 4 * 8 * 60 * 16 * 2 / 2**20
     assert model["all-to-all"] == f"4, {size:.3f} MiB"
     assert model["words"] == 192 and model["ms"] > 0
+    (dense,) = found["dense"]
+    assert dense["variant"] == "4xLSTM-512" and dense["words"] == 192
+    assert "all-to-all" not in dense
     assert found["largest"] == []
     assert (tmp_path / "results.md").read_text() in result.stdout
