@@ -181,7 +181,8 @@ def unknown():
 
 def run_similar():
     ways = {name: WAYS[name] for name in SIMILAR}
-    return run(ways), run(ways, MeshStrategy(AXES).scope())
+    strategy = MeshStrategy(AXES)
+    return run(ways), run(ways, strategy.scope())
 
 
 def run_others():
