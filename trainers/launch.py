@@ -219,6 +219,10 @@ class _Processes:
         self._send(signal.SIGKILL)
         for process in self._running():
             process.wait()
+        # The exit code stands: Python, as it shuts down, would let one more
+        # signal end the launcher.
+        for number in _PASSED_ON:
+            signal.signal(number, signal.SIG_IGN)
 
     def start(self, command, environment):
         """Starts one more; `OSError` if the command cannot be started."""
@@ -286,7 +290,7 @@ class _Processes:
 
     def _take_signals(self):
         for number in self._signals.recv(4096):
-            if number == signal.SIGCHLD:
+            if number == signal.SIGCHLD or self._killed:
                 continue
             if self._told_at is None:
                 _say(f"{_signal_name(number)} is passed on; the next one kills")
