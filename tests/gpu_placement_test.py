@@ -12,7 +12,7 @@ from moe_tf.distribute import MeshStrategy
 from moe_tf.layers import vocabulary_chunks
 from tests import every_router
 from tests import gpu_kernels
-from tests.distribute import process
+from tests import process
 
 WORDS = 512  # Of a batch.
 

@@ -10,7 +10,7 @@ from moe_tf import layers
 from moe_tf import narrow_top_k
 from moe_tf.distribute import MeshStrategy
 from moe_tf.distribute import collectives
-from tests.distribute import process
+from tests import process
 
 
 @hypothesis.settings(deadline=None, max_examples=60)

@@ -7,9 +7,9 @@ from moe_tf.training import loop
 from moe_tf.training import meshes
 from moe_tf.training.language_model_task import LanguageModelTask
 from moe_tf.training.translation_task import TranslationTask
+from tests import process
 from tests import small_text
 from tests.configs import configs_test
-from tests.distribute import process
 
 FLAGS = {"mesh.batch": 2, "mesh.expert": 2}
 

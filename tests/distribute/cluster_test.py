@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 from moe_tf.distribute import cluster as clusters
-from tests.distribute import process
+from tests import process
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAIR = ("a:1", "b:2")

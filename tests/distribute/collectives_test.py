@@ -6,7 +6,7 @@ import numpy as np
 from moe_tf import layers
 from moe_tf.distribute import MeshStrategy
 from moe_tf.distribute import collectives
-from tests.distribute import process
+from tests import process
 
 
 def dense_model(length):

@@ -13,8 +13,8 @@ import tensorflow as tf
 import moe_tf
 from moe_tf.distribute import MeshStrategy
 from moe_tf.distribute import all_reduces
+from tests import process
 from tests.distribute import models
-from tests.distribute import process
 
 STEPS = 20
 BATCH = 16

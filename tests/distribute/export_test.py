@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 import moe_tf
-from tests.distribute import process
+from tests import process
 
 RNG = np.random.default_rng(0)
 X = RNG.integers(1, 31, (16, 3), "int32")

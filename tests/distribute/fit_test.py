@@ -16,8 +16,8 @@ from tensorflow.python.eager import context
 from moe_tf.distribute import MeshStrategy
 from moe_tf.distribute import datasets
 from moe_tf.distribute import placement
+from tests import process
 from tests.distribute import models
-from tests.distribute import process
 
 AXES = {"batch": 2, "expert": 2}
 ROWS = 43  # Batches of 16, 16 and 11: two devices cannot share the last.

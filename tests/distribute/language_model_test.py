@@ -18,7 +18,7 @@ from moe_tf.distribute import MeshStrategy
 from moe_tf.distribute import all_reduces
 from moe_tf.layers import lstm_loop
 from moe_tf.layers import recurrence
-from tests.distribute import process
+from tests import process
 
 FLAT = ("MoE-8", "noisy_top_k")
 TWO_LEVELS = ("MoE-8x2-h", "noisy_top_k")

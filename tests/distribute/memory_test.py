@@ -11,7 +11,7 @@ from tensorflow.experimental import dtensor
 import moe_tf
 from moe_tf.benchmarks import memory
 from moe_tf.distribute import collectives
-from tests.distribute import process
+from tests import process
 
 WIDTH, HIDDEN, EXPERTS = 1024, 2048, 16
 KERNEL = 4 * EXPERTS * WIDTH * HIDDEN  # 128 MiB

@@ -10,7 +10,7 @@ from moe_tf.distribute import MeshStrategy
 from moe_tf.distribute import cluster
 from moe_tf.distribute import mesh as meshes
 from moe_tf.distribute import placement
-from tests.distribute import process
+from tests import process
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from tensorflow.experimental import dtensor
 import moe_tf
 from moe_tf import plans
 from moe_tf.distribute import collectives
-from tests.distribute import process
+from tests import process
 
 BATCH_4 = (("batch", 4),)
 TWO_AXES = (("batch", 2), ("expert", 2))

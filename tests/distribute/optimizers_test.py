@@ -8,7 +8,7 @@ import pytest
 
 from moe_tf.distribute import MeshStrategy
 from moe_tf.layers import mesh_rows
-from tests.distribute import process
+from tests import process
 
 QUICK = ("Adadelta", "Adamax", "Nadam")
 SLOW = (

@@ -14,9 +14,9 @@ from tensorflow.experimental import dtensor
 
 from moe_tf.distribute import MeshStrategy
 from moe_tf.distribute import placement
+from tests import process
 from tests.distribute import equality_test
 from tests.distribute import models
-from tests.distribute import process
 
 BATCH = 16
 ALL_AXES = ({"batch": 4}, {"expert": 2, "batch": 2})

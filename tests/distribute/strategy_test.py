@@ -15,9 +15,9 @@ from moe_tf import sharding
 from moe_tf.distribute import MeshStrategy
 from moe_tf.distribute import placement
 from moe_tf.distribute import variables
+from tests import process
 from tests.distribute import equality_test
 from tests.distribute import models
-from tests.distribute import process
 
 AXES = {"batch": 2, "expert": 2}
 CUSTOM = {"EveryExpert": models.EveryExpert, "Experts": models.Experts}

@@ -9,8 +9,8 @@ import pytest
 
 from moe_tf.benchmarks import mesh_text
 from moe_tf.distribute import MeshStrategy
+from tests import process
 from tests.distribute import language_model_test
-from tests.distribute import process
 
 BATCH_4 = (("batch", 4),)
 SQUARE = (("batch", 2), ("expert", 2))

@@ -11,7 +11,7 @@ import pytest
 
 from moe_tf.benchmarks import mesh_text
 from moe_tf.distribute import MeshStrategy
-from tests.distribute import process
+from tests import process
 
 # With the axis that words are sharded over.
 BATCH_4 = (("batch", 4),), "batch"

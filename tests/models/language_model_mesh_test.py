@@ -10,7 +10,7 @@ import pytest
 from moe_tf import models
 from moe_tf import optimizers
 from moe_tf.distribute import MeshStrategy
-from tests.distribute import process
+from tests import process
 
 VOCABULARY, STEPS = 50, 4
 LAYOUTS = {

@@ -9,7 +9,7 @@ import pytest
 from moe_tf import models
 from moe_tf.distribute import MeshStrategy
 from moe_tf.models import translation
-from tests.distribute import process
+from tests import process
 
 VOCABULARY, STEPS = 20, 2
 # Through the trainer: `tests/training/translation_mesh_test.py`.

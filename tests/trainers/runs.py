@@ -13,7 +13,7 @@ import time
 import numpy as np
 import tensorflow as tf
 
-from tests.distribute import process
+from tests import process
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 

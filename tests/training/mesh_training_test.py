@@ -16,7 +16,7 @@ from moe_tf.training import loop
 from moe_tf.training import meshes
 from moe_tf.training import variables
 from moe_tf.training.language_model_task import LanguageModelTask
-from tests.distribute import process
+from tests import process
 
 STEPS = 8
 DENSE, MOE = "4xLSTM-512", "MoE-4"

@@ -14,7 +14,7 @@ from moe_tf.training import wire
 from moe_tf.training import workdir as workdirs
 from moe_tf.training.language_model_task import LanguageModelTask
 from moe_tf.training.translation_task import TranslationTask
-from tests.distribute import process
+from tests import process
 
 
 def config_with(fields):

@@ -10,9 +10,9 @@ from moe_tf.models import layer_descriptions
 from moe_tf.training import meshes
 from moe_tf.training import wire
 from moe_tf.training.translation_task import TranslationTask
+from tests import process
 from tests import small_text
 from tests.configs import configs_test
-from tests.distribute import process
 
 TWO, FOUR = {"batch": 2}, {"batch": 4}
 SQUARE = {"batch": 2, "expert": 2}
