@@ -6,6 +6,7 @@ from keras import ops
 from moe_tf import checks
 from moe_tf import dispatch
 from moe_tf import groups
+from moe_tf import mesh_rules
 from moe_tf import metrics
 from moe_tf import plans
 from moe_tf import sharding
@@ -275,8 +276,8 @@ class SparseMoE(keras.layers.Layer):
         factor = self.capacity_factor if training else self.eval_capacity_factor
         chooses = self.router.most_tokens(axes["batch"], training) is not None
         if branching := getattr(self.router, "branching", None):
-            groups.warn_of_spread_experts(self.name, branching, axes)
-        return groups.number(
+            mesh_rules.warn_of_spread_experts(self.name, branching, axes)
+        return mesh_rules.num_groups(
             self.name, self.num_groups, axes, factor is not None or chooses
         )
 

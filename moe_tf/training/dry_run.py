@@ -2,7 +2,7 @@
 
 import math
 
-from moe_tf import groups
+from moe_tf import mesh_rules
 from moe_tf import plans
 from moe_tf.data import batching
 from moe_tf.models import language_model_variants as variants
@@ -148,7 +148,7 @@ def mesh_rows(
         how = "two gathers of answers" if "expert" in axes else "4 all-to-alls"
         rows.append(("  for the words of a layer of experts",
                      f"{_bytes(size)}, {how}"))  # fmt: skip
-        told = layer.branching and groups.spread(layer.branching, axes)
+        told = layer.branching and mesh_rules.spread(layer.branching, axes)
         if told:
             rows.append(("    its groups of experts are", told))
     rows.append(("  to sum gradients", _bytes(gradient_bytes)))

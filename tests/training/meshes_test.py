@@ -5,7 +5,7 @@ import pytest
 
 from configs import lm_demo
 from configs import mt_demo
-from moe_tf import groups
+from moe_tf import mesh_rules
 from moe_tf.distribute import collectives
 from moe_tf.models import layer_descriptions
 from moe_tf.training import dry_run
@@ -192,7 +192,7 @@ def test_the_dry_run_tells_of_spread_groups(make, number, axes, whole):
     assert told.count("groups of experts") == (0 if whole else number)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        groups.warn_of_spread_experts("moe", (2, 2), axes)
+        mesh_rules.warn_of_spread_experts("moe", (2, 2), axes)
     # Once built, the layer warns in the same words.
     words = [str(w.message).partition(" layer moe are ")[2] for w in caught]
     assert len(words) == (not whole)
