@@ -11,6 +11,7 @@ from ml_collections import config_flags
 
 from moe_tf.training import checkpoints
 from moe_tf.training import meshes
+from trainers import freed_memory
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", lock_config=True, help_string="The experiment: file.py[:arg]."
@@ -46,6 +47,7 @@ def run(make_task, modes):
             raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
         config = _CONFIG.value
         logging.info("Config:\n%s", config)
+        freed_memory.keep()
         try:
             # Devices are made before TensorFlow starts; a dry run needs none.
             dry = mode.value == "dry_run"
