@@ -1,5 +1,6 @@
 """What all tests share: few threads, repeatable draws, long files first."""
 
+import gc
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -25,6 +26,12 @@ hypothesis.settings.load_profile(
 @pytest.fixture(autouse=True)
 def same_draws_every_run():
     keras.utils.set_random_seed(1)
+
+
+def pytest_collection_finish(session):
+    """Collections do not go through all that was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -100,7 +100,7 @@ def test_every_kept_assignment_is_computed_once_by_its_expert(
 
 
 @pytest.mark.parametrize("way", ["rows", "blocks", "capacity"])
-@hypothesis.settings(max_examples=20, deadline=None)
+@hypothesis.settings(max_examples=12, deadline=None)
 @hypothesis.given(routing=routings(), size=st.integers(1, 4))
 def test_combine_of_dispatch_and_its_gradients(way, routing, size):
     expert_TK, num_experts = routing

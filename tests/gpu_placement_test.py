@@ -85,7 +85,15 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("router,setting", CASES)
+@pytest.mark.parametrize(
+    "router,setting",
+    [
+        case
+        if case[0] == "noisy_top_k" or case[1] == "dropless"
+        else pytest.param(*case, marks=pytest.mark.slow)
+        for case in CASES
+    ],
+)
 def test_the_layer_gives_the_same(router, setting, monkeypatch):
     settings = SETTINGS[setting]
     rows = 12 if setting == "drops" else None

@@ -8,12 +8,15 @@ longer than most of what they do, and has not started it.
 """
 
 import atexit
+import contextlib
+import gc
 import importlib
 import multiprocessing
 import os
 import pathlib
 import pickle
 import runpy
+import subprocess
 import sys
 import tempfile
 import time
@@ -113,6 +116,31 @@ def run(function, *args, env=None, timeout=300):
         process.close()
 
 
+@contextlib.contextmanager
+def started_program(module, arguments, stdin=b""):
+    """The `Process` of `python -m module *arguments`, and its streams' files.
+
+    Files of standard input, output and error. It is killed at the end.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        names = ("stdin", "stdout", "stderr")
+        streams = [pathlib.Path(folder, name) for name in names]
+        streams[0].write_bytes(stdin)
+        started = Process(_program, module, arguments, streams)
+        try:
+            yield started, streams
+        finally:
+            started.close()
+
+
+def run_program(module, *arguments, stdin=b""):
+    """`python -m module *arguments`; gives a `subprocess.CompletedProcess`."""
+    with started_program(module, arguments, stdin) as (started, streams):
+        code = started.wait()
+        told = [path.read_bytes() for path in streams[1:]]
+    return subprocess.CompletedProcess(arguments, code, *told)
+
+
 def start_cluster(function, *args, number=2):
     """Connected `Process`es of one machine that call `function(*args)`."""
     places = launch.environments(launch.free_ports(number), None, {})
@@ -121,6 +149,7 @@ def start_cluster(function, *args, number=2):
 
 def _call(call, printed, env):
     """What a `Process` does."""
+    gc.freeze()  # Else each collection goes through all that was imported.
     os.environ.clear()
     os.environ.update(env)
     os.chdir(ROOT)
@@ -135,7 +164,7 @@ def _call(call, printed, env):
         atexit._run_exitfuncs()  # multiprocessing leaves these out.
 
 
-def program(module, arguments, streams):
+def _program(module, arguments, streams):
     """`python -m module *arguments` with these files as standard streams."""
     for number, path in enumerate(streams):
         file = os.open(path, os.O_RDWR | os.O_CREAT)

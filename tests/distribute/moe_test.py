@@ -133,9 +133,6 @@ def test_training_equals_one_device_for_every_router_on_every_mesh():
     compare(meshes, tuple(CASES))
 
 
-COUNTED = ("two_levels", "batchwise", "by_value", "switch")
-
-
 def exchanged(axes, names):
     """Collectives of a step by name and by number of tokens a row."""
     strategy = moe_tf.MeshStrategy(dict(axes))
@@ -162,9 +159,14 @@ def slots_of(settings, num_tokens):
     return 4 * 8 * plans.capacity(num_tokens // 4 * k, 8, factor)
 
 
-def test_a_layer_costs_two_all_to_alls_forward_and_two_backward():
-    found = process.run(exchanged, BATCH_4, COUNTED)
-    for name in COUNTED:
+@pytest.mark.parametrize(
+    "names",
+    [QUICK, pytest.param(("batchwise", "switch"), marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_a_layer_costs_two_all_to_alls_forward_and_two_backward(names):
+    found = process.run(exchanged, BATCH_4, names)
+    for name in names:
         settings, reduced = CASES[name], []
         for length in (5, 20):
             ops = found[name, length]

@@ -159,7 +159,13 @@ def test_a_group_without_tokens():
         assert np.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("branching,k", BRANCHINGS)
+@pytest.mark.parametrize(
+    "branching,k",
+    [
+        *BRANCHINGS[:2],
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in BRANCHINGS[2:]),
+    ],
+)
 def test_xla_gives_the_same(branching, k):
     layer = layer_with_weights(branching, k)
     x_TD = tf.constant(tokens(11, 6))

@@ -233,7 +233,9 @@ def test_experts_without_tokens():
 
 
 @pytest.mark.parametrize("num_experts,k", SIZES)
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "masked", [pytest.param(False, marks=pytest.mark.slow), True]
+)
 def test_xla_gives_the_same_values_and_gradients(num_experts, k, masked):
     layer = layer_with_weights(num_experts, k)
     x_TD = tf.constant(tokens(11, 6))

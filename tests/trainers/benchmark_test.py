@@ -1,14 +1,11 @@
 """The benchmark as users run it. No time decides a test."""
 
-import pathlib
-import subprocess
-import sys
-
 import pytest
+from absl import flags
 
 from moe_tf.benchmarks import ways
+from tests import process
 
-REPOSITORY = pathlib.Path(__file__).parents[2]
 SMALL = (
     "--tokens=32", "--width=8", "--hidden=16", "--k=2", "--repeats=3",
     "--ceiling=64", "--traffic_mib=1",
@@ -19,20 +16,16 @@ HALF_MS, HALF_RATIO, HALF_RATE = 0.0005, 0.005, 0.5  # of the last digit
 
 
 def run(*flags):
-    return subprocess.run(
-        [sys.executable, "-m", "trainers.benchmark", *flags],
-        cwd=REPOSITORY,
-        capture_output=True,
-        timeout=300,
-        text=True,
-    )
+    """The exit code, and what was printed to standard output and error."""
+    result = process.run_program("trainers.benchmark", *flags)
+    return result.returncode, result.stdout.decode(), result.stderr.decode()
 
 
 def printed(*flags):
     """The lines: two of setting, the table's cells by row, what follows."""
-    result = run(*SMALL, *flags)
-    assert result.returncode == 0, result.stderr
-    *setting, header, ceiling, dense = result.stdout.splitlines()[:5]
+    code, told, error = run(*SMALL, *flags)
+    assert code == 0, error
+    *setting, header, ceiling, dense = told.splitlines()[:5]
     assert header.split()[-9:] == [
         "ms", "ratio", "tokens/s", "GFLOP", "TFLOP/s", "ceiling", "dropped",
         "peak", "MiB",
@@ -40,7 +33,7 @@ def printed(*flags):
     assert ceiling.startswith("product of 64 x 64")
     assert dense.startswith("dense, 64 rows")
     rows = {("dense", "-"): dense.split()[4:]}
-    rest = result.stdout.splitlines()[5:]
+    rest = told.splitlines()[5:]
     while rest and len(rest[0].split()) == 10:
         way, number, *cells = rest.pop(0).split()
         rows[way, number] = cells
@@ -136,11 +129,11 @@ def test_all_experts_are_skipped_with_a_reason_where_they_are_too_large():
 
 
 def test_a_number_of_experts_below_k_is_refused():
-    result = run("--experts=8,2", "--k=4")
-    assert result.returncode != 0
-    assert "`k` must be between 1" in result.stderr
-    assert "Received: k=4, num_experts=2" in result.stderr
-    assert not result.stdout
+    code, told, error = run("--experts=8,2", "--k=4")
+    assert code != 0
+    assert "`k` must be between 1" in error
+    assert "Received: k=4, num_experts=2" in error
+    assert not told
 
 
 REFUSED = {
@@ -161,39 +154,35 @@ REFUSED = {
     "--all_experts_gib=-1": "--all_experts_gib=-1",
     "--dtype_policy=float16": "should be one of",
 }
-TRY_EACH = """
-import sys
-from absl import flags
-from trainers import benchmark
-for flag in sys.argv[1:]:
-    try:
-        flags.FLAGS(["benchmark", flag])
-        print("accepted")
-    except flags.Error as error:
-        print(str(error).replace("\\n", " "))
-    flags.FLAGS.unparse_flags()
-    for name in flags.FLAGS.flags_by_module_dict()["trainers.benchmark"]:
-        name.unparse()
-"""
+
+
+def refusals(arguments):
+    """What each flag by itself is refused with."""
+    from trainers import benchmark  # whose flags this process may not have
+
+    told, own = [], flags.FLAGS.flags_by_module_dict()[benchmark.__name__]
+    for argument in arguments:
+        try:
+            flags.FLAGS(["benchmark", argument])
+            told.append("accepted")
+        except flags.Error as error:
+            told.append(str(error))
+        flags.FLAGS.unparse_flags()
+        for flag in own:
+            flag.unparse()
+    return told
 
 
 def test_bad_flags_are_refused_by_name():
-    result = subprocess.run(
-        [sys.executable, "-c", TRY_EACH, *REFUSED],
-        cwd=REPOSITORY,
-        capture_output=True,
-        timeout=100,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    messages = result.stdout.splitlines()
-    assert len(messages) == len(REFUSED)
-    for (flag, want), got in zip(REFUSED.items(), messages, strict=True):
+    told = process.run(refusals, list(REFUSED))
+    for (flag, want), got in zip(REFUSED.items(), told, strict=True):
         assert want in got, flag
 
 
 def test_groups_that_do_not_divide_are_refused_before_any_row():
-    result = run(*SMALL, "--k=4", "--experts=64,8", "--ways=groups:16")
-    assert result.returncode != 0
-    assert "groups=16, num_experts=8" in result.stderr
-    assert not result.stdout
+    code, told, error = run(
+        *SMALL, "--k=4", "--experts=64,8", "--ways=groups:16"
+    )
+    assert code != 0
+    assert "groups=16, num_experts=8" in error
+    assert not told

@@ -206,16 +206,10 @@ def test_a_terminal_gets_a_bar(tmp_path):
 
 
 def test_interrupt_says_how_to_go_on(tmp_path):
-    process = subprocess.Popen(
-        command(tmp_path, *SIX_STEPS), cwd=REPOSITORY,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    for line in process.stdout:
-        if line.startswith(b"step 2/6"):
-            break
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 130
+    code, told = TRAINER.signal_at(
+        tmp_path, runs.saved(2), signal.SIGINT, *SIX_STEPS
+    )
+    assert code == 130
     assert b"same command" in told and b"Traceback" not in told
 
 

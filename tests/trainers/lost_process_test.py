@@ -10,14 +10,18 @@ import time
 
 import numpy as np
 
-REPOSITORY = pathlib.Path(__file__).parents[2]
-TRAINER = [
-    *(sys.executable, "-m", "trainers.language_model"),
-    "--config=configs/lm_demo.py:tiny",
-    "--config.model.num_groups=8",
-    "--config.model.capacity_factor=1.25",
-    "--config.train.steps=6",
-]
+from tests.trainers import runs
+
+TRAINER = runs.Trainer(
+    "trainers.language_model",
+    "lm_demo.py:tiny",
+    (
+        "--config.model.num_groups=8",
+        "--config.model.capacity_factor=1.25",
+        "--config.train.steps=6",
+    ),
+)
+ON_TWO = "--config.mesh.batch=2"
 LAUNCH = [
     *(sys.executable, "-m", "trainers.launch"),
     *("--num_processes=2", "--grace_seconds=5", "--"),
@@ -47,19 +51,11 @@ def second_process(launcher):
 
 def test_a_killed_run_of_two_processes_goes_on_in_one(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    alone = subprocess.run(
-        [*TRAINER, f"--workdir={whole}"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        timeout=300,
-        text=True,
-    )
-    assert alone.returncode == 0, alone.stderr
-
-    command = [*LAUNCH, *TRAINER, f"--workdir={cut}", "--config.mesh.batch=2"]
+    TRAINER.succeed(whole)
+    command = [*LAUNCH, *TRAINER.command(cut, ON_TWO)]
     with open(tmp_path / "printed", "w+") as printed:
         launcher = subprocess.Popen(
-            command, cwd=REPOSITORY, stdout=printed, stderr=printed
+            command, cwd=runs.REPOSITORY, stdout=printed, stderr=printed
         )
         try:
             saved = cut / "checkpoints" / "last" / "step-00000002"
@@ -75,15 +71,8 @@ def test_a_killed_run_of_two_processes_goes_on_in_one(tmp_path):
     text = (tmp_path / "printed").read_text()
     assert "process 1 of 2 was ended by SIGKILL; ending the others" in text
 
-    again = subprocess.run(
-        [*TRAINER, f"--workdir={cut}", "--config.mesh.batch=2"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        timeout=300,
-        text=True,
-    )
-    assert again.returncode == 0, again.stderr
-    assert "Going on from step" in again.stdout
+    again = TRAINER.succeed(cut, ON_TWO)
+    assert any("Going on from step" in line for line in again)
     rows = history(cut)
     # A step may be in the history and not saved: it was done once more.
     assert len(rows) in (6, 7)

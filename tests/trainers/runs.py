@@ -1,13 +1,10 @@
 """Runs of a trainer as users start them, killed or not, and their states."""
 
-import contextlib
 import dataclasses
 import json
 import pathlib
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 
 import numpy as np
@@ -46,10 +43,8 @@ class Trainer:
 
     def run(self, workdir, *flags, stdin=b""):
         """Runs to the end; gives a `subprocess.CompletedProcess`."""
-        with self._start(workdir, flags, stdin) as (started, streams):
-            code = started.wait()
-            told = [path.read_bytes() for path in streams[1:]]
-        return subprocess.CompletedProcess(flags, code, *told)
+        arguments = self.arguments(workdir, *flags)
+        return process.run_program(self.module, *arguments, stdin=stdin)
 
     def succeed(self, workdir, *flags, stdin=b""):
         """Runs to the end, and returns what was printed, in lines."""
@@ -59,29 +54,24 @@ class Trainer:
 
     def kill_at(self, workdir, moment):
         """Starts, and kills as soon as `moment(workdir)`."""
-        with self._start(workdir) as (started, _):
+        code, _ = self.signal_at(workdir, moment, signal.SIGKILL)
+        assert code == -signal.SIGKILL
+
+    def signal_at(self, workdir, moment, number, *flags):
+        """Starts, and sends a signal as soon as `moment(workdir)`.
+
+        Returns:
+            The exit code, and what was printed to standard error.
+        """
+        arguments = self.arguments(workdir, *flags)
+        start = process.started_program(self.module, arguments)
+        with start as (started, streams):
             deadline = time.monotonic() + 200
             while started.is_alive() and not moment(workdir):
                 assert time.monotonic() < deadline
                 time.sleep(0.0005)
-            started.signal(signal.SIGKILL)
-            assert started.wait() == -signal.SIGKILL
-
-    @contextlib.contextmanager
-    def _start(self, workdir, flags=(), stdin=b""):
-        """A fork that is the program, and its standard streams."""
-        arguments = self.arguments(workdir, *flags)
-        with tempfile.TemporaryDirectory() as folder:
-            names = ("stdin", "stdout", "stderr")
-            streams = [pathlib.Path(folder, name) for name in names]
-            streams[0].write_bytes(stdin)
-            started = process.Process(
-                process.program, self.module, arguments, streams
-            )
-            try:
-                yield started, streams
-            finally:
-                started.close()
+            started.signal(number)
+            return started.wait(), streams[2].read_bytes()
 
 
 def saved(step):
