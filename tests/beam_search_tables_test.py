@@ -8,7 +8,6 @@ import tensorflow as tf
 
 from moe_tf import beam_search
 from tests import tiny_translator
-from tests.beam_search_test import texts
 
 START, END = tiny_translator.START, tiny_translator.END
 
@@ -44,7 +43,7 @@ def test_probabilities_stay_those_of_the_model_with_forbidden_ids():
         log(*[row] * 6), [2], beam_size=2, forbidden_ids=(0, 1, 2, 4),
         num_best=2, length_penalty=0.0, pruning=None,
     )  # fmt: skip
-    assert texts(found, 0) == [(END,), (5, END)]
+    assert tiny_translator.texts(found, 0) == [(END,), (5, END)]
     np.testing.assert_allclose(
         found.log_probabilities_BM[0], np.log([0.17, 0.3 * 0.17]), rtol=1e-5
     )
@@ -53,7 +52,7 @@ def test_probabilities_stay_those_of_the_model_with_forbidden_ids():
 def test_at_the_last_position_the_end_costs_what_the_model_says():
     row = [0, 0, 0, 1e-6, 0.7, 0.3 - 1e-6]
     found = table_search(log(*[row] * 6), [3], beam_size=2, length_penalty=0.0)
-    assert texts(found, 0) == [(4, 4, END)]
+    assert tiny_translator.texts(found, 0) == [(4, 4, END)]
     np.testing.assert_allclose(
         found.scores_BM[0], [math.log(0.7 * 0.7 * 1e-6)], rtol=1e-5
     )
@@ -79,10 +78,10 @@ def test_tokens_far_below_the_best_of_their_hypothesis_are_dropped():
     rows[5, END] = 0.0
     settings = {"beam_size": 4, "num_best": 4, "length_penalty": 0.0}
     kept = table_search(rows, [3], pruning=3.2, **settings)
-    assert texts(kept, 0) == [(5, END), (4, END), (4, 4, END)]
+    assert tiny_translator.texts(kept, 0) == [(5, END), (4, END), (4, 4, END)]
     # The end at the last position is the only token, so none is better.
     cut = table_search(rows, [3], pruning=3.0, **settings)
-    assert texts(cut, 0) == [(5, END), (4, 4, END)]
+    assert tiny_translator.texts(cut, 0) == [(5, END), (4, 4, END)]
 
 
 def test_finished_hypotheses_far_below_the_best_are_dropped():
@@ -92,9 +91,16 @@ def test_finished_hypotheses_far_below_the_best_are_dropped():
     rows[5, END] = 0.0
     settings = {"beam_size": 3, "num_best": 3, "length_penalty": 0.0}
     # Scores log(0.6), log(0.2), log(0.2): 1.0986 apart.
-    assert len(texts(table_search(rows, [3], pruning=1.2, **settings), 0)) == 3
+    assert (
+        len(
+            tiny_translator.texts(
+                table_search(rows, [3], pruning=1.2, **settings), 0
+            )
+        )
+        == 3
+    )
     cut = table_search(rows, [3], pruning=1.0, **settings)
-    assert texts(cut, 0) == [(END,)]
+    assert tiny_translator.texts(cut, 0) == [(END,)]
     assert cut.lengths_BM.numpy().tolist() == [[1, 0, 0]]
     assert cut.scores_BM.numpy()[0, 1:].tolist() == [-math.inf] * 2
     assert cut.tokens_BMI.numpy()[0].tolist() == [[END], [0], [0]]
@@ -107,7 +113,7 @@ def test_equal_hypotheses_come_in_the_order_of_their_ids():
     )  # fmt: skip
     want = [(END,), (4, END), (5, END), (4, 4, END), (4, 5, END), (5, 4, END)]
     for sentence in range(2):
-        assert texts(found, sentence) == want
+        assert tiny_translator.texts(found, sentence) == want
 
 
 class CountingStep:
@@ -158,7 +164,9 @@ def test_refuses_logits_with_nan_where_a_hypothesis_lives():
     with pytest.raises(tf.errors.InvalidArgumentError, match="infinity"):
         table_search(rows, [4], beam_size=4)
     # One position: 4 is never read.
-    assert texts(table_search(rows, [1], beam_size=4), 0) == [(END,)]
+    assert tiny_translator.texts(table_search(rows, [1], beam_size=4), 0) == [
+        (END,)
+    ]
 
 
 def test_attention_that_underflows_leaves_the_score_finite():

@@ -43,19 +43,6 @@ def compiled(seed=0, sharpness=3.0, **settings):
     return translator, run
 
 
-def texts(found, sentence):
-    """The tokens of a sentence's hypotheses, as tuples."""
-    return [
-        tuple(tokens[:length].tolist())
-        for tokens, length in zip(
-            found.tokens_BMI[sentence].numpy(),
-            found.lengths_BM[sentence].numpy(),
-            strict=True,
-        )
-        if length
-    ]
-
-
 def words(source_S):
     return [int(token) for token in source_S if token]
 
@@ -84,7 +71,9 @@ def test_a_beam_that_holds_everything_finds_the_best_of_all(seed, alpha, beta):
         )
         number = (3**max_length - 1) // 2
         assert len(want) == number
-        assert texts(found, sentence) == [one.tokens for one in want]
+        assert tiny_translator.texts(found, sentence) == [
+            one.tokens for one in want
+        ]
         np.testing.assert_allclose(
             found.scores_BM[sentence, :number],
             [one.score for one in want],
@@ -118,7 +107,9 @@ def test_matches_one_hypothesis_at_a_time(beam_size, pruning, sharpness):
             num_best=beam_size,
             forbidden_ids=FORBIDDEN,
         )
-        assert texts(found, sentence) == [one.tokens for one in want]
+        assert tiny_translator.texts(found, sentence) == [
+            one.tokens for one in want
+        ]
         for rank, one in enumerate(want):
             got = [tensor[sentence, rank].numpy() for tensor in found[2:]]
             assert got[0] == pytest.approx(one.score, rel=1e-5, abs=1e-5)
@@ -149,7 +140,9 @@ def test_matches_one_hypothesis_at_a_time_with_many_words():
             max_length=5,
             **settings,
         )
-        assert texts(found, sentence) == [one.tokens for one in want]
+        assert tiny_translator.texts(found, sentence) == [
+            one.tokens for one in want
+        ]
 
 
 def test_what_a_sentence_gets_does_not_depend_on_the_batch_or_padding():
@@ -160,7 +153,9 @@ def test_what_a_sentence_gets_does_not_depend_on_the_batch_or_padding():
     for sentence in range(16):
         source = words(source_BS[sentence])
         alone = run([source], lengths[sentence : sentence + 1])
-        assert texts(alone, 0) == texts(together, sentence)
+        assert tiny_translator.texts(alone, 0) == tiny_translator.texts(
+            together, sentence
+        )
         np.testing.assert_allclose(
             alone.scores_BM[0], together.scores_BM[sentence], rtol=1e-5
         )
@@ -191,7 +186,15 @@ def test_a_beam_of_one_without_pruning_is_greedy():
         forbidden_ids=FORBIDDEN,
         return_attention=True,
     )
-    assert len({texts(found, sentence)[0] for sentence in range(20)}) > 3
+    assert (
+        len(
+            {
+                tiny_translator.texts(found, sentence)[0]
+                for sentence in range(20)
+            }
+        )
+        > 3
+    )
     for got, want in zip(found, greedy, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-6)
 
@@ -209,7 +212,7 @@ def test_hypotheses_are_all_different_and_the_best_first():
     _, run = compiled(beam_size=8, num_best=8, pruning=None)
     found = run(tiny_translator.sources(6, 5, SIZE), np.full(6, 7))
     for sentence in range(6):
-        assert len(set(texts(found, sentence))) == 8
+        assert len(set(tiny_translator.texts(found, sentence))) == 8
         assert np.all(np.diff(found.scores_BM[sentence]) <= 0)
 
 
@@ -217,7 +220,7 @@ def test_every_hypothesis_ends_and_only_once():
     _, run = compiled(beam_size=4, num_best=4, sharpness=0.5)
     found = run(tiny_translator.sources(20, 5, SIZE), np.arange(20) % 5)
     for sentence in range(20):
-        got = texts(found, sentence)
+        got = tiny_translator.texts(found, sentence)
         assert bool(got) == bool(sentence % 5)
         for tokens in got:
             assert tokens.index(END) == len(tokens) - 1 < sentence % 5

@@ -21,8 +21,6 @@ import sys
 import tempfile
 import time
 
-from trainers import launch
-
 ROOT = pathlib.Path(__file__).parents[1]
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
@@ -136,13 +134,18 @@ def started_program(module, arguments, stdin=b""):
 def run_program(module, *arguments, stdin=b""):
     """`python -m module *arguments`; gives a `subprocess.CompletedProcess`."""
     with started_program(module, arguments, stdin) as (started, streams):
-        code = started.wait()
+        try:
+            code = started.wait()
+        except TimeoutError as error:
+            raise TimeoutError(streams[2].read_text()) from error
         told = [path.read_bytes() for path in streams[1:]]
     return subprocess.CompletedProcess(arguments, code, *told)
 
 
 def start_cluster(function, *args, number=2):
     """Connected `Process`es of one machine that call `function(*args)`."""
+    from trainers import launch  # whose flags no program here should have
+
     places = launch.environments(launch.free_ports(number), None, {})
     return [Process(function, *args, env=place) for place in places]
 

@@ -91,3 +91,16 @@ def sources(num_sentences, longest, vocabulary_size, seed=0):
     length_B = rng.integers(1, longest + 1, num_sentences)
     length_B[0] = longest
     return np.where(np.arange(longest) < length_B[:, None], source_BS, PAD)
+
+
+def texts(found, sentence):
+    """The tokens of a sentence's hypotheses, as tuples."""
+    return [
+        tuple(tokens[:length].tolist())
+        for tokens, length in zip(
+            found.tokens_BMI[sentence].numpy(),
+            found.lengths_BM[sentence].numpy(),
+            strict=True,
+        )
+        if length
+    ]

@@ -221,8 +221,7 @@ class _Processes:
             process.wait()
         # The exit code stands: Python, as it shuts down, would let one more
         # signal end the launcher.
-        for number in _PASSED_ON:
-            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
 
     def start(self, command, environment):
         """Starts one more; `OSError` if the command cannot be started."""
@@ -290,11 +289,13 @@ class _Processes:
 
     def _take_signals(self):
         for number in self._signals.recv(4096):
-            if number == signal.SIGCHLD or self._killed:
+            if number == signal.SIGCHLD:
                 continue
             if self._told_at is None:
                 _say(f"{_signal_name(number)} is passed on; the next one kills")
                 self._tell(number)
+            elif self._killed:
+                self._send(signal.SIGKILL)
             elif time.monotonic() - self._told_at >= _ONE_SIGNAL_SECONDS:
                 self._kill(_signal_name(number))
 

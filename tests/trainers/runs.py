@@ -70,6 +70,7 @@ class Trainer:
             while started.is_alive() and not moment(workdir):
                 assert time.monotonic() < deadline
                 time.sleep(0.0005)
+            assert started.is_alive(), streams[2].read_text()
             started.signal(number)
             return started.wait(), streams[2].read_bytes()
 
