@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from moe_tf import numerics
+from moe_tf import losses
 
 
 @keras.saving.register_keras_serializable(package="moe_tf")
@@ -150,8 +150,8 @@ def balance_statistics(importance_E, load_E, assigned_E, dropped_E):
     mean_load = ops.maximum(ops.mean(load_E), 1e-10)
     num_assigned = ops.maximum(ops.sum(assigned_E), 1.0)
     values = (
-        ops.sqrt(numerics.cv_squared(importance_E)),
-        ops.sqrt(numerics.cv_squared(load_E)),
+        ops.sqrt(losses.cv_squared(importance_E)),
+        ops.sqrt(losses.cv_squared(load_E)),
         ops.max(load_E) / mean_load,
         ops.sum(dropped_E) / num_assigned,
     )

@@ -7,8 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from moe_tf import gating
-from moe_tf import numerics
+from moe_tf import losses
 
 T, N, W = 30, 8, 4
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "balance_losses.md"
@@ -87,7 +86,9 @@ def test_a_row_of_the_page_gives_their_gradient(system, theirs, k):
     differences = []
     for seed in range(3):
         share_TE, count_E = routing(k, seed)
-        ours = float(gating.load_excess(share_TE, count_E.astype("float64")))
+        ours = float(
+            losses.load_balance_loss(share_TE, count_E.astype("float64"))
+        )
         differences.append(
             theirs(share_TE, count_E, k) - worth(weight, k) * ours
         )
@@ -103,12 +104,12 @@ def test_the_rows_of_the_page_without_an_excess():
     )
     assert paper[1].endswith("`importance_weight = load_weight = c`")
     even_E, one_E = np.full(N, 3.0), np.eye(N)[0]
-    assert float(numerics.cv_squared(even_E)) == worth(paper[0], 1) == 0
-    assert float(numerics.cv_squared(one_E)) == pytest.approx(N - 1)
+    assert float(losses.cv_squared(even_E)) == worth(paper[0], 1) == 0
+    assert float(losses.cv_squared(one_E)) == pytest.approx(N - 1)
     assert z_loss[1] == "`z_loss_weight = c`"
     logits_TE = np.log(np.full((T, N), 2.0))
     want = math.log(2 * N) ** 2
-    assert float(gating.z_loss(logits_TE)) == pytest.approx(want)
+    assert float(losses.z_loss(logits_TE)) == pytest.approx(want)
     assert len(rows) == 7  # a new row wants a test
 
 
@@ -131,7 +132,9 @@ def test_theirs_is_ours_times_its_value_at_balance(theirs, k, value_at_balance):
     assert theirs(even_TE, even_E, k) == pytest.approx(value_at_balance)
     for seed in range(3):  # and so do their gradients, for all routings
         share_TE, count_E = routing(k, seed)
-        ours = float(gating.load_excess(share_TE, count_E.astype("float64")))
+        ours = float(
+            losses.load_balance_loss(share_TE, count_E.astype("float64"))
+        )
         assert ours > 1e-3
         want = value_at_balance * (1 + ours)
         assert theirs(share_TE, count_E, k) == pytest.approx(want, rel=1e-6)

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from moe_tf import groups
-from moe_tf import plans
 from moe_tf import xla
 from moe_tf.benchmarks import mesh_text
+from moe_tf.dispatch import plans
+from moe_tf.dispatch import token_groups
 from moe_tf.distribute import MeshStrategy
-from moe_tf.layers import vocabulary_chunks
+from moe_tf.layers.softmax import vocabulary_chunks
 from tests import every_router
-from tests import gpu_kernels
 from tests import process
+from tests.experts import gpu_kernels
 
 WORDS = 512  # Of a batch.
 
@@ -130,7 +130,7 @@ PLANS = {
     "rows": lambda expert_TK: plans.plan_rows(expert_TK, 8),
     "blocks": lambda expert_TK: plans.plan_blocks(expert_TK, 8, 5),
     "capacity": lambda expert_TK: plans.plan_capacity(expert_TK, 8, 40),
-    "groups": lambda expert_TK: groups.plan(expert_TK[None], 8, 40),
+    "groups": lambda expert_TK: token_groups.plan(expert_TK[None], 8, 40),
 }
 
 

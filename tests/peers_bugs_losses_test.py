@@ -15,9 +15,9 @@ import pytest
 import tensorflow as tf
 
 import moe_tf
-from moe_tf import gating
 from moe_tf import layers
-from moe_tf import numerics
+from moe_tf import losses
+from moe_tf.routing import gating
 from tests import every_router
 from tests.reference import moe as reference
 
@@ -70,8 +70,10 @@ def test_balance_losses_are_n_minus_1_at_collapse():
     # One scale for all, as their common minimum.
     load_E = np.float32([6.0, 0.0, 0.0, 0.0])
     share_TE = np.float32([[1.0, 0.0, 0.0, 0.0]] * 6)
-    assert float(numerics.cv_squared(load_E)) == pytest.approx(3.0)
-    assert float(gating.load_excess(share_TE, load_E)) == pytest.approx(3.0)
+    assert float(losses.cv_squared(load_E)) == pytest.approx(3.0)
+    assert float(losses.load_balance_loss(share_TE, load_E)) == pytest.approx(
+        3.0
+    )
 
 
 def test_the_load_threshold_is_a_noisy_logit():
@@ -132,12 +134,12 @@ def test_the_loss_is_that_of_the_whole_batch(router):
 def test_twice_the_tokens_have_the_same_loss(name):
     # NeMo Automodel #1408: the scale depends on how a batch is divided.
     layer = every_router.layer(name, quiet=True)
-    losses = []
+    both = []
     for times in (1, 2):
         layer(np.repeat(tokens(16), times, axis=0), training=True)
         numbers = layer.balance.latest()
-        losses.append([numbers["importance_loss"], numbers["load_loss"]])
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5, atol=1e-6)
+        both.append([numbers["importance_loss"], numbers["load_loss"]])
+    np.testing.assert_allclose(*both, rtol=1e-5, atol=1e-6)
 
 
 def test_two_layers_with_opposite_collapse_are_both_unbalanced():
@@ -190,10 +192,12 @@ def test_masked_tokens_leave_the_mean_before_it_is_taken():
     share_TE = np.exp(logits_TE) / np.exp(logits_TE).sum(-1, keepdims=True)
     load_E = np.arange(6.0)
     mask_T = np.arange(9) < 5
-    got = gating.load_excess(share_TE, load_E, mask_T)
-    np.testing.assert_allclose(got, gating.load_excess(share_TE[:5], load_E))
-    got = gating.z_loss(logits_TE, mask_T)
-    np.testing.assert_allclose(got, gating.z_loss(logits_TE[:5]))
+    got = losses.load_balance_loss(share_TE, load_E, mask_T)
+    np.testing.assert_allclose(
+        got, losses.load_balance_loss(share_TE[:5], load_E)
+    )
+    got = losses.z_loss(logits_TE, mask_T)
+    np.testing.assert_allclose(got, losses.z_loss(logits_TE[:5]))
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ import pytest
 import tensorflow as tf
 
 import moe_tf
-from moe_tf import gating
-from moe_tf import plans
+from moe_tf.dispatch import capacity
+from moe_tf.dispatch import plans
+from moe_tf.routing import gating
 from tests import every_router
 
 EVERY = pytest.mark.parametrize("name", every_router.SETTINGS)
@@ -114,7 +115,7 @@ def test_capacity_is_a_multiple_of_the_mean_load(
 ):
     # megablocks PR #125 (read as a number of tokens), fairseq (a fraction of
     # the tokens), Mesh TensorFlow and Lingvo (at least 4, in fours).
-    got = plans.capacity(num_assignments, num_experts, factor)
+    got = capacity.expert_capacity(num_assignments, num_experts, factor)
     assert got == slots
 
 

@@ -26,8 +26,8 @@ _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
     [
         "moe_tf",
-        "moe_tf.training.language_model_task",
-        "moe_tf.training.translation_task",
+        "moe_tf.training.language.task",
+        "moe_tf.training.translation.task",
     ]
 )
 

@@ -30,7 +30,7 @@ from moe_tf.benchmarks import report
 from moe_tf.benchmarks import steps
 from moe_tf.benchmarks import timing
 from moe_tf.benchmarks import ways
-from moe_tf.layers import routers
+from moe_tf.routing import registry
 
 _EXPERTS = flags.DEFINE_list(
     "experts", ["8", "32", "256"], "Numbers of experts."
@@ -51,7 +51,7 @@ _DTYPE_POLICY = flags.DEFINE_enum(
     "Of all layers.",
 )
 _GATING = flags.DEFINE_enum(
-    "gating", "noisy_top_k", list(routers.ROUTERS), "Of `SparseMoE`."
+    "gating", "noisy_top_k", list(registry.ROUTERS), "Of `SparseMoE`."
 )
 _ACTIVATION = flags.DEFINE_string(
     "activation", "relu", "Inside experts and the dense layer."

@@ -5,8 +5,8 @@ moe-tf-lm --config=... --workdir=... --mode=evaluate
 moe-tf-lm --config=... --workdir=... --mode=score < sentences.txt
 """
 
-from moe_tf.training.language_model_modes import MODES
-from moe_tf.training.language_model_task import LanguageModelTask
+from moe_tf.training.language.modes import MODES
+from moe_tf.training.language.task import LanguageModelTask
 from trainers import runner
 
 

@@ -5,8 +5,8 @@ moe-tf-mt --config=... --workdir=... --mode=translate < sentences.txt
 moe-tf-mt --config=... --workdir=... --mode=export
 """
 
-from moe_tf.training.translation_modes import MODES
-from moe_tf.training.translation_task import TranslationTask
+from moe_tf.training.translation.modes import MODES
+from moe_tf.training.translation.task import TranslationTask
 from trainers import runner
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import tensorflow as tf
 
 from moe_tf import layers
-from moe_tf import plans
 from moe_tf.benchmarks import mesh_timing
 from moe_tf.benchmarks import timing
+from moe_tf.dispatch import capacity
 from moe_tf.distribute import MeshStrategy
 from moe_tf.distribute import collectives
 
@@ -74,7 +74,9 @@ def measure(
     }
     if size == 1:
         return
-    slots = plans.capacity(tokens * k, experts * size, capacity_factor)
+    slots = capacity.expert_capacity(
+        tokens * k, experts * size, capacity_factor
+    )
     shape = size, experts * size, slots, width
     alone, rate = mesh_timing.link_record(strategy, shape, dtype, 4, repeats)
     yield {

@@ -8,14 +8,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from moe_tf import plans
 from moe_tf.benchmarks import mesh_timing
+from moe_tf.dispatch import capacity
 from moe_tf.distribute import MeshStrategy
 from moe_tf.distribute import collectives
 from moe_tf.layers import moe
-from moe_tf.models import language_model_variants as variants
-from moe_tf.models.language_model import LanguageModel
-from moe_tf.models.next_word_scorer import NextWordScorer
+from moe_tf.models.language import variants
+from moe_tf.models.language.model import LanguageModel
+from moe_tf.models.language.scorer import NextWordScorer
 
 _K = 4
 _FACTOR = 1.25
@@ -87,7 +87,7 @@ def measure(
     if size == 1 or not experts:
         return
     dtype = keras.dtype_policies.get(policy).compute_dtype
-    slots = plans.capacity(words // groups * _K, experts, _FACTOR)
+    slots = capacity.expert_capacity(words // groups * _K, experts, _FACTOR)
     shape = groups, experts, slots, width
     alone, rate = mesh_timing.link_record(strategy, shape, dtype, 4, steps)
     yield {

@@ -12,12 +12,12 @@ import numpy as np
 import tensorflow as tf
 
 import moe_tf
-from moe_tf.data import batching
-from moe_tf.data import preparation
+from moe_tf.data.text import batching
+from moe_tf.data.text import preparation
 from moe_tf.distribute import MeshStrategy
 from moe_tf.layers import moe
-from moe_tf.models.language_model import LanguageModel
-from moe_tf.models.next_word_scorer import NextWordScorer
+from moe_tf.models.language.model import LanguageModel
+from moe_tf.models.language.scorer import NextWordScorer
 
 _ROWS = 8  # Divides the sentences of a batch: any mesh of up to 8 has a part.
 _MAX_WORDS = 15

@@ -11,9 +11,7 @@ import tensorflow as tf
 from absl import logging
 
 from moe_tf import files
-
-SPECIALS = ("<pad>", "<UNK>", "<S>", "</S>")
-PAD, UNK, START, END = range(len(SPECIALS))
+from moe_tf import special_ids
 
 
 class Vocabulary:
@@ -29,7 +27,7 @@ class Vocabulary:
     """
 
     def __init__(self, words: Iterable[str]):
-        self.words = SPECIALS + tuple(words)
+        self.words = special_ids.SPECIALS + tuple(words)
 
     @classmethod
     def build(cls, lines: Iterable[bytes], size: int) -> "Vocabulary":
@@ -50,18 +48,20 @@ class Vocabulary:
     @classmethod
     def from_counts(cls, counts: Mapping[bytes, int], size: int):
         """As `build`, from how often each word was seen."""
-        if size <= len(SPECIALS):
+        if size <= len(special_ids.SPECIALS):
             raise ValueError(
-                f"`data.vocabulary_size` must be over {len(SPECIALS)}, the "
+                "`data.vocabulary_size` must be over "
+                f"{len(special_ids.SPECIALS)}, the "
                 f"number of special symbols. Received: {size}"
             )
-        specials = {special.encode() for special in SPECIALS}
+        specials = {special.encode() for special in special_ids.SPECIALS}
         ranked = sorted(
             (word for word in counts if word not in specials),
             key=lambda word: (-counts[word], word),
         )
         vocabulary = cls(
-            word.decode("utf-8") for word in ranked[: size - len(SPECIALS)]
+            word.decode("utf-8")
+            for word in ranked[: size - len(special_ids.SPECIALS)]
         )
         if vocabulary.size < size:
             logging.warning(
@@ -105,12 +105,13 @@ class Vocabulary:
         first_line = {}
         for number, row in enumerate(rows, start=1):
             words.append(_checked_word(row, number, first_line, path))
-        if len(words) <= len(SPECIALS):
+        if len(words) <= len(special_ids.SPECIALS):
             raise ValueError(
                 f"{path} must have at least one word after "
-                f"{', '.join(SPECIALS)}. Received: {len(words)} lines"
+                f"{', '.join(special_ids.SPECIALS)}. "
+                f"Received: {len(words)} lines"
             )
-        return cls(words[len(SPECIALS) :])
+        return cls(words[len(special_ids.SPECIALS) :])
 
     def encode(self, words):
         """Looks up words; works inside `tf.data`.
@@ -141,26 +142,34 @@ class Vocabulary:
     def sentence(self, ids) -> str:
         """The words up to the first `</S>`, without `<S>` and padding."""
         ids = [int(i) for i in ids]
-        if END in ids:
-            ids = ids[: ids.index(END)]
-        return " ".join(self.decode(i for i in ids if i not in (PAD, START)))
+        if special_ids.END in ids:
+            ids = ids[: ids.index(special_ids.END)]
+        return " ".join(
+            self.decode(
+                i for i in ids if i not in (special_ids.PAD, special_ids.START)
+            )
+        )
 
     def __contains__(self, word: bytes) -> bool:
         return word in self._known
 
     @functools.cached_property
     def _known(self):
-        return {word.encode() for word in self.words[len(SPECIALS) :]}
+        return {
+            word.encode() for word in self.words[len(special_ids.SPECIALS) :]
+        }
 
     @functools.cached_property
     def _table(self):
         # Made once, outside any graph being traced and off any accelerator.
         with tf.init_scope(), tf.device("CPU:0"):
-            keys = tf.constant(self.words[len(SPECIALS) :], tf.string)
-            ids = tf.range(len(SPECIALS), self.size, dtype=tf.int32)
+            keys = tf.constant(
+                self.words[len(special_ids.SPECIALS) :], tf.string
+            )
+            ids = tf.range(len(special_ids.SPECIALS), self.size, dtype=tf.int32)
             return tf.lookup.StaticHashTable(
                 tf.lookup.KeyValueTensorInitializer(keys, ids),
-                default_value=UNK,
+                default_value=special_ids.UNK,
             )
 
     def _bytes(self) -> bytes:
@@ -174,9 +183,13 @@ def _checked_word(row, number, first_line, path) -> str:
         word = row.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{place}: not UTF-8. Received: {row!r}") from error
-    if number <= len(SPECIALS) and word != SPECIALS[number - 1]:
+    if (
+        number <= len(special_ids.SPECIALS)
+        and word != special_ids.SPECIALS[number - 1]
+    ):
         raise ValueError(
-            f"{place}: must be {SPECIALS[number - 1]}. Received: {word!r}"
+            f"{place}: must be {special_ids.SPECIALS[number - 1]}. "
+            f"Received: {word!r}"
         )
     if row.split() != [row]:
         raise ValueError(

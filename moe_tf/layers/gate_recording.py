@@ -5,8 +5,8 @@ import contextlib
 import numpy as np
 import tensorflow as tf
 
-from moe_tf import gating
-from moe_tf.layers import router
+from moe_tf.routing import gating
+from moe_tf.routing import router
 
 _recordings = []  # those of the `with` blocks that are open
 

@@ -4,17 +4,18 @@ import keras
 from keras import ops
 
 from moe_tf import checks
-from moe_tf import dispatch
-from moe_tf import groups
-from moe_tf import mesh_rules
 from moe_tf import metrics
-from moe_tf import plans
 from moe_tf import sharding
 from moe_tf import xla
-from moe_tf.layers import experts
+from moe_tf.dispatch import capacity
+from moe_tf.dispatch import gather
+from moe_tf.dispatch import plans
+from moe_tf.dispatch import token_groups
+from moe_tf.experts import experts
 from moe_tf.layers import gate_recording
-from moe_tf.layers import router
-from moe_tf.layers import routers
+from moe_tf.routing import registry
+from moe_tf.routing import router
+from moe_tf.routing import two_level
 
 DROP_POLICIES = ("position", "gate_value")
 
@@ -61,7 +62,7 @@ class SparseMoE(keras.layers.Layer):
             equation 7. Defaults to the router's, `0.1` for `"noisy_top_k"`.
         load_weight: optional float, weight of the load loss, equation 11.
             Defaults to the router's, `0.1` for `"noisy_top_k"`.
-        z_loss_weight: optional float, weight of `gating.z_loss`. Defaults to
+        z_loss_weight: optional float, weight of `losses.z_loss`. Defaults to
             the router's, `0.0`.
         capacity_factor: optional float above 0, for training. Defaults to
             `None`: nothing is dropped.
@@ -158,7 +159,7 @@ class SparseMoE(keras.layers.Layer):
             "z_loss_weight": z_loss_weight,
             "seed": seed,
         }
-        self.router = routers.make(
+        self.router = registry.make(
             num_experts, dtype=self.dtype_policy, **self._router_config
         )
         self.router.num_groups = num_groups
@@ -217,7 +218,7 @@ class SparseMoE(keras.layers.Layer):
         num_groups = self._groups(training)
         number = ops.shape(x_TD)[0]
         if num_groups is not None:
-            x_TD, mask_T = groups.padded(x_TD, mask_T, num_groups)
+            x_TD, mask_T = token_groups.padded(x_TD, mask_T, num_groups)
         mixture = self._mixture
         if xla.compiles_part(self.jit_compile, self.experts.in_EDF):
             mixture = xla.compiled(mixture)
@@ -246,13 +247,13 @@ class SparseMoE(keras.layers.Layer):
         weight_TK, expert_TK = routing.gates
         if num_groups is not None:
             x_TD, weight_TK, expert_TK, mask_T = (
-                groups.cut(tensor, num_groups)
+                token_groups.cut(tensor, num_groups)
                 for tensor in (x_TD, weight_TK, expert_TK, mask_T)
             )
         plan = self._plan(weight_TK, expert_TK, mask_T, training)
-        x_SD = dispatch.dispatch(x_TD, plan)
+        x_SD = gather.dispatch(x_TD, plan)
         y_SD = self.experts(x_SD, plan=plan, training=training)
-        y_TD = dispatch.combine(y_SD, ops.cast(weight_TK, y_SD.dtype), plan)
+        y_TD = gather.combine(y_SD, ops.cast(weight_TK, y_SD.dtype), plan)
         if num_groups is not None:
             y_TD = ops.reshape(y_TD, (-1, y_TD.shape[-1]))
         numbers = {
@@ -276,8 +277,8 @@ class SparseMoE(keras.layers.Layer):
         factor = self.capacity_factor if training else self.eval_capacity_factor
         chooses = self.router.most_tokens(axes["batch"], training) is not None
         if branching := getattr(self.router, "branching", None):
-            mesh_rules.warn_of_spread_experts(self.name, branching, axes)
-        return mesh_rules.num_groups(
+            two_level.warn_of_spread_experts(self.name, branching, axes)
+        return token_groups.num_groups(
             self.name, self.num_groups, axes, factor is not None or chooses
         )
 
@@ -300,7 +301,7 @@ class SparseMoE(keras.layers.Layer):
                 slots = num_tokens if most is None else most
             if isinstance(limit, int):
                 limit = ops.full((ops.shape(expert_TK)[0],), limit, "int32")
-            return groups.plan(
+            return token_groups.plan(
                 expert_TK, self.num_experts, slots, limit, priority_TK
             )
         block_size = self.experts.block_size(
@@ -331,7 +332,9 @@ class SparseMoE(keras.layers.Layer):
 
     def _slots(self, num_tokens, factor):
         num_assignments = num_tokens * self.router.experts_per_token
-        return plans.capacity(num_assignments, self.num_experts, factor)
+        return capacity.expert_capacity(
+            num_assignments, self.num_experts, factor
+        )
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         call = super().rematerialized_call(layer_call, *args, **kwargs)

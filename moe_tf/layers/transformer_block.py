@@ -6,9 +6,9 @@ Letters: `H` heads, `Q` width of one head.
 import keras
 from keras import ops
 
+from moe_tf.layers.attention.multi_head import CrossAttention
+from moe_tf.layers.attention.multi_head import SelfAttention
 from moe_tf.layers.moe import SparseMoE
-from moe_tf.layers.multi_head_attention import CrossAttention
-from moe_tf.layers.multi_head_attention import SelfAttention
 
 _EPSILON = 1e-6
 

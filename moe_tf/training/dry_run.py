@@ -2,13 +2,13 @@
 
 import math
 
-from moe_tf import mesh_rules
-from moe_tf import plans
-from moe_tf.data import batching
-from moe_tf.models import language_model_variants as variants
-from moe_tf.models import layer_descriptions
+from moe_tf.data.text import batching
+from moe_tf.dispatch import capacity
+from moe_tf.models import layer_specs
+from moe_tf.models.language import variants
+from moe_tf.routing import two_level
+from moe_tf.training import communication
 from moe_tf.training import meshes
-from moe_tf.training import wire
 
 _FLOAT_BYTES = 4  # weights and slots are float32 under every dtype policy
 
@@ -45,7 +45,7 @@ def describe(variant, config):
             variants.kernel_shapes(variant, size),
             counts.ops_per_timestep,
             config.data.batch_words,
-            wire.sent_for_gradients(variant, config, axes),
+            communication.sent_for_gradients(variant, config, axes),
             config,
         )
     return table(rows)
@@ -85,11 +85,13 @@ def expert_rows(layers, config, batch_tokens):
 
 def _expert_rows(layer, config, batch_tokens):
     rows_a_batch = layer.experts_per_word * batch_tokens
-    capacity = config.model.capacity_factor
+    factor = config.model.capacity_factor
     kept = ", not kept" if config.model.recompute else ""
     limit = "none is dropped"
-    if capacity is not None:
-        slots = plans.capacity(rows_a_batch, layer.num_experts, capacity)
+    if factor is not None:
+        slots = capacity.expert_capacity(
+            rows_a_batch, layer.num_experts, factor
+        )
         limit = f"at most {slots:,} an expert"
     return [
         ("words an expert sees in a batch, mean",
@@ -113,9 +115,9 @@ def mesh_rows(
         config: the run's config.
     """
     axes = meshes.axes(config)
-    mixtures = layer_descriptions.mixtures(variant.layers)
-    kernels = wire.kernels(shapes, mixtures, variant.width, axes)
-    held = sum(wire.per_device(*kernel, axes) for kernel in kernels)
+    mixtures = layer_specs.mixtures(variant.layers)
+    kernels = communication.kernels(shapes, mixtures, variant.width, axes)
+    held = sum(communication.per_device(*kernel, axes) for kernel in kernels)
     state = _STATE_OF_KERNEL[config.train.optimizer]
     slots = sum(
         state((shape[0] // axes[layout[0]], *shape[1:]))
@@ -134,7 +136,7 @@ def mesh_rows(
     ]
     for shape, layout in kernels:
         if layout[0]:
-            size = wire.per_device(shape, layout, axes) * _FLOAT_BYTES
+            size = communication.per_device(shape, layout, axes) * _FLOAT_BYTES
             rows.append((f"    kernels of experts {shape}",
                          f"by {layout[0]}, {_bytes(size)} each"))  # fmt: skip
     rows.append(("    all other kernels", "whole on each device"))
@@ -142,13 +144,13 @@ def mesh_rows(
         rows.append(_repeated_row(variant, mixtures, operations, axes))
     rows.append(("sent by each device in a step, at most", ""))
     for layer in mixtures:
-        size = wire.sent_for_tokens(
+        size = communication.sent_for_tokens(
             layer, variant.width, batch_tokens, config, axes
         )
         how = "two gathers of answers" if "expert" in axes else "4 all-to-alls"
         rows.append(("  for the words of a layer of experts",
                      f"{_bytes(size)}, {how}"))  # fmt: skip
-        told = layer.branching and mesh_rules.spread(layer.branching, axes)
+        told = layer.branching and two_level.spread(layer.branching, axes)
         if told:
             rows.append(("    its groups of experts are", told))
     rows.append(("  to sum gradients", _bytes(gradient_bytes)))

@@ -12,12 +12,12 @@ import keras
 import numpy as np
 from absl import logging
 
-from moe_tf.board.training import TrainingBoard
 from moe_tf.layers import clipped_evaluation
 from moe_tf.training import callbacks
 from moe_tf.training import checkpoints
 from moe_tf.training import variables
 from moe_tf.training import workdir as workdirs
+from moe_tf.training.board import TrainingBoard
 from moe_tf.training.task import Task
 
 

@@ -8,7 +8,7 @@ import tensorflow as tf
 from moe_tf import sharding
 from moe_tf.distribute import MeshStrategy
 from moe_tf.distribute import placement
-from moe_tf.models import layer_descriptions
+from moe_tf.models import layer_specs
 
 # Divides the rows of every batch where a mesh or groups are used. Not the
 # mesh's own size: batches are the same on any mesh.
@@ -49,7 +49,7 @@ def check(config, layers):
     """
     sizes, model = axes(config) or {"batch": 1}, config.model
     on_mesh = axes(config) is not None
-    mixtures = layer_descriptions.mixtures(layers)
+    mixtures = layer_specs.mixtures(layers)
     chooses = model.capacity_factor is not None or model.gating == "batchwise"
     if on_mesh and mixtures and chooses and model.num_groups is None:
         model.num_groups = config.data.rows_multiple or _ROWS

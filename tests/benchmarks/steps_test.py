@@ -3,9 +3,9 @@ import pytest
 import tensorflow as tf
 
 from moe_tf import layers
-from moe_tf import plans
 from moe_tf.benchmarks import steps
 from moe_tf.benchmarks import ways
+from moe_tf.dispatch import capacity
 
 SETTING = ways.Setting(tokens=20, width=6, hidden=10, k=2)
 NUM_EXPERTS = 5
@@ -46,7 +46,9 @@ def test_a_dropless_layer_under_xla_pads_and_the_count_shows_it():
 def test_a_layer_with_capacity_multiplies_its_slots(factor, jit_compile):
     got = step(f"capacity:{factor}", jit_compile=jit_compile).flops()
     assignments = SETTING.tokens * SETTING.k
-    slots = plans.capacity(assignments, NUM_EXPERTS, factor) * NUM_EXPERTS
+    slots = (
+        capacity.expert_capacity(assignments, NUM_EXPERTS, factor) * NUM_EXPERTS
+    )
     experts = SETTING.useful_flops * slots // assignments
     assert got == experts + 2 * GATE
 
@@ -111,7 +113,7 @@ def test_what_is_dropped_is_a_fraction_and_unknown_of_a_dense_layer():
     tight, loose, dense = map(step, ("capacity:0.5", "grouped", "dense"))
     for train_step in (tight, loose, dense):
         train_step()
-    slots = plans.capacity(40, NUM_EXPERTS, 0.5) * NUM_EXPERTS
+    slots = capacity.expert_capacity(40, NUM_EXPERTS, 0.5) * NUM_EXPERTS
     assert 1 - slots / 40 <= tight.dropped() < 1
     assert loose.dropped() == 0
     assert dense.dropped() is None

@@ -8,8 +8,8 @@ import pytest
 
 import configs
 from moe_tf.training import loop
-from moe_tf.training.language_model_task import LanguageModelTask
-from moe_tf.training.translation_task import TranslationTask
+from moe_tf.training.language.task import LanguageModelTask
+from moe_tf.training.translation.task import TranslationTask
 from tests import small_text
 
 NAMES = sorted(

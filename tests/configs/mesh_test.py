@@ -5,8 +5,8 @@ import pytest
 
 from moe_tf.training import loop
 from moe_tf.training import meshes
-from moe_tf.training.language_model_task import LanguageModelTask
-from moe_tf.training.translation_task import TranslationTask
+from moe_tf.training.language.task import LanguageModelTask
+from moe_tf.training.translation.task import TranslationTask
 from tests import process
 from tests import small_text
 from tests.configs import configs_test

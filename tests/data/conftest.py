@@ -5,8 +5,8 @@ import dataclasses
 import ml_collections
 import pytest
 
-from moe_tf.data import corpora
-from moe_tf.data import preparation
+from moe_tf.data.text import corpora
+from moe_tf.data.text import preparation
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 from hypothesis import strategies as st
 
-from moe_tf.data import vocabulary
+from moe_tf import special_ids
 from moe_tf.data.vocabulary import Vocabulary
 
 SPECIALS = ("<pad>", "<UNK>", "<S>", "</S>")
@@ -17,8 +17,8 @@ def test_ids_follow_counts_then_bytes():
     lines = ["z b é b".encode(), "z a\na\n é z".encode()]
     built = Vocabulary.build(lines, 99)
     assert built.words == (*SPECIALS, "z", "a", "b", "é")
-    assert (vocabulary.PAD, vocabulary.UNK) == (0, 1)
-    assert (vocabulary.START, vocabulary.END) == (2, 3)
+    assert (special_ids.PAD, special_ids.UNK) == (0, 1)
+    assert (special_ids.START, special_ids.END) == (2, 3)
 
 
 def test_size_counts_the_specials():

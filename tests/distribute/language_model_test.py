@@ -16,8 +16,8 @@ from keras import ops
 from moe_tf.benchmarks import mesh_text
 from moe_tf.distribute import MeshStrategy
 from moe_tf.distribute import all_reduces
-from moe_tf.layers import lstm_loop
-from moe_tf.layers import recurrence
+from moe_tf.layers.recurrent import bidirectional
+from moe_tf.layers.recurrent import mesh_lstm
 from tests import process
 
 FLAT = ("MoE-8", "noisy_top_k")
@@ -134,7 +134,7 @@ ALL_ROUNDED = (
 def run_loop(rnn, x_BLD, training=False):
     """What `recurrence.run` does on a mesh."""
     kernels = (ops.cast(v, x_BLD.dtype) for v in rnn.cell.trainable_variables)
-    return lstm_loop.lstm(x_BLD, *kernels)
+    return mesh_lstm.lstm(x_BLD, *kernels)
 
 
 def train_rounded(wanted):
@@ -152,7 +152,7 @@ def train_rounded(wanted):
         mesh_text.train, setting=setting, batches=batches, vocabulary_size=size
     )
     one = train_on(None)
-    with mock.patch.object(recurrence, "run", run_loop):
+    with mock.patch.object(bidirectional, "run", run_loop):
         loop = train_on(None)
     in_full = dataclasses.replace(setting, policy="float32")
     rolled = tf.nest.map_structure(lambda x: np.roll(x, 8, axis=0), batches)

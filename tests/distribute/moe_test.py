@@ -11,7 +11,7 @@ import tensorflow as tf
 from tensorflow.experimental import dtensor
 
 import moe_tf
-from moe_tf import plans
+from moe_tf.dispatch import capacity
 from moe_tf.distribute import collectives
 from tests import process
 
@@ -156,7 +156,7 @@ def slots_of(settings, num_tokens):
     """`G * E * C`, all slots of a batch."""
     k = 4 if "branching" in settings else settings.get("k", 1)
     factor = settings.get("capacity_factor", 1.0)
-    return 4 * 8 * plans.capacity(num_tokens // 4 * k, 8, factor)
+    return 4 * 8 * capacity.expert_capacity(num_tokens // 4 * k, 8, factor)
 
 
 @pytest.mark.parametrize(

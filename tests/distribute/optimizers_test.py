@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moe_tf.distribute import MeshStrategy
-from moe_tf.layers import mesh_rows
+from moe_tf.layers.softmax import embedding_rows
 from tests import process
 
 QUICK = ("Adadelta", "Adamax", "Nadam")
@@ -24,7 +24,7 @@ class Rows(keras.layers.Layer):
         self.built = True
 
     def call(self, inputs):
-        return mesh_rows.share(self.table(mesh_rows.all_ids(inputs)))
+        return embedding_rows.share(self.table(embedding_rows.all_ids(inputs)))
 
 
 def losses(names, on_mesh):

@@ -18,8 +18,8 @@ import pytest
 from configs import mt_demo
 from moe_tf.layers import clipped_evaluation
 from moe_tf.training import loop
-from moe_tf.training.translation_modes import MODES
-from moe_tf.training.translation_task import TranslationTask
+from moe_tf.training.translation.modes import MODES
+from moe_tf.training.translation.task import TranslationTask
 from tests import small_text
 from tests.trainers import runs
 

@@ -9,7 +9,7 @@ import tensorflow as tf
 from moe_tf.layers import moe
 from moe_tf.metrics import Perplexity
 from moe_tf.metrics import WordCount
-from moe_tf.models.next_word_scorer import MeanOverWords
+from moe_tf.models.language.scorer import MeanOverWords
 from moe_tf.training import callbacks
 from moe_tf.training import checkpoints
 from moe_tf.training.variables import named_variables

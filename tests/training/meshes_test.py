@@ -5,15 +5,15 @@ import pytest
 
 from configs import lm_demo
 from configs import mt_demo
-from moe_tf import mesh_rules
 from moe_tf.distribute import collectives
-from moe_tf.models import layer_descriptions
+from moe_tf.models import layer_specs
+from moe_tf.routing import two_level
+from moe_tf.training import communication
 from moe_tf.training import dry_run
 from moe_tf.training import meshes
-from moe_tf.training import wire
 from moe_tf.training import workdir as workdirs
-from moe_tf.training.language_model_task import LanguageModelTask
-from moe_tf.training.translation_task import TranslationTask
+from moe_tf.training.language.task import LanguageModelTask
+from moe_tf.training.translation.task import TranslationTask
 from tests import process
 
 
@@ -192,7 +192,7 @@ def test_the_dry_run_tells_of_spread_groups(make, number, axes, whole):
     assert told.count("groups of experts") == (0 if whole else number)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        mesh_rules.warn_of_spread_experts("moe", (2, 2), axes)
+        two_level.warn_of_spread_experts("moe", (2, 2), axes)
     # Once built, the layer warns in the same words.
     words = [str(w.message).partition(" layer moe are ")[2] for w in caught]
     assert len(words) == (not whole)
@@ -222,11 +222,11 @@ def what_a_step_sends(workdir):
         assert targets.shape == (32, 8)  # as many words as may be in a batch
         ops = collectives.of(scorer.train_on_batch, inputs, targets, weights)
         axes, variant = meshes.axes(config), task.variant()
-        told = wire.sent_for_gradients(variant, config, axes) + sum(
-            wire.sent_for_tokens(
+        told = communication.sent_for_gradients(variant, config, axes) + sum(
+            communication.sent_for_tokens(
                 layer, variant.width, config.data.batch_words, config, axes
             )
-            for layer in layer_descriptions.mixtures(variant.layers)
+            for layer in layer_specs.mixtures(variant.layers)
         )
         found[name] = ops, told
     return found

@@ -1,0 +1,262 @@
+"""Batches of sentences of similar length, in an order fixed by a seed."""
+
+import bisect
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import tensorflow as tf
+
+from moe_tf import checks
+from moe_tf import special_ids
+from moe_tf.data.text import corpora
+from moe_tf.data.text import preparation
+
+# Lines that go from Python to tf.data at once.
+_CHUNK = 2048
+
+_LINES_AND_LENGTHS = (
+    tf.TensorSpec((None,), tf.string),
+    tf.TensorSpec((None,), tf.int32),
+)
+
+
+def bucket_lengths(max_words: int) -> list[int]:
+    """Lengths to which sentences are padded.
+
+    The ladder starts at 8 and grows by a quarter, rounded up: 8, 10, 13,
+    17, 22, ... It ends with `max_words + 1`, as a sentence gets one symbol
+    more: `<S>` in front or `</S>` behind.
+    """
+    lengths = []
+    length = 8
+    while length < max_words + 1:
+        lengths.append(length)
+        length = math.ceil(length * 1.25)
+    return [*lengths, max_words + 1]
+
+
+def batches_per_pass(
+    statistics: preparation.SplitStatistics,
+    batch_words: int,
+    max_words: int,
+    rows_multiple: int | None = None,
+) -> int:
+    """Number of batches that one pass over a split gives, in any order."""
+    lengths = bucket_lengths(max_words)
+    in_bucket = [0] * len(lengths)
+    for num_words, count in statistics.lengths.items():
+        in_bucket[bisect.bisect_left(lengths, num_words + 1)] += count
+    return sum(
+        math.ceil(count / batch_size)
+        for count, batch_size in zip(
+            in_bucket,
+            _batch_sizes(lengths, batch_words, rows_multiple),
+            strict=True,
+        )
+    )
+
+
+def batches(
+    prepared: preparation.Prepared,
+    split: str,
+    batch_words: int,
+    seed: int = 0,
+    start_step: int = 0,
+    *,
+    training: bool | None = None,
+    shuffle_buffer: int = 65_536,
+    rows_multiple: int | None = None,
+) -> tf.data.Dataset:
+    """Batches for a language model.
+
+    Sentences of similar length (`bucket_lengths`) make a batch of at most
+    `batch_words` words, padding included, or of a single sentence that is
+    longer. Training is an endless stream of passes over the split. Pass
+    `p` reads the sources in an order, and mixes sentences over
+    `shuffle_buffer` of them, by `(seed, p)` alone: batch `start_step` of a
+    stream is the first of the stream that starts there, in this process
+    or another. Evaluation is one pass in the order of the text, with every
+    sentence once.
+
+    Args:
+        prepared: see `preparation.prepare`.
+        split: `"train"`, `"validation"` or `"test"`.
+        batch_words: int, most positions in a batch.
+        seed: int, not negative; for training.
+        start_step: int, number of batches to leave out; for training.
+        training: bool. Defaults to whether `split` is `"train"`.
+        shuffle_buffer: int, number of sentences held to mix them; for
+            training. `0` keeps the order inside a source.
+        rows_multiple: optional int, by which the number of sentences of each
+            batch can be divided, for a mesh or groups of tokens; a batch
+            then may hold as many that are longer than `batch_words`. All
+            batches of one length have equally many rows: where sentences run
+            out, the last are all padding, with weights of 0.
+
+    Returns:
+        A dataset of `(inputs, targets, weights)`. `inputs` is a dictionary
+        of int32 `(B, L)`: `tokens` is `<S>` and the words, `targets` the
+        words and `</S>`, both padded with 0. `targets` is the same again.
+        `weights` is float32 `(B, L)`, 1 where `targets` is not padding.
+
+    Raises:
+        ValueError: an argument cannot be used.
+    """
+    corpora.check_split(split)
+    training = split == "train" if training is None else training
+    checks.at_least("batch_words", batch_words, 1)
+    checks.at_least("seed", seed, 0)
+    checks.at_least("start_step", start_step, 0)
+    checks.at_least("shuffle_buffer", shuffle_buffer, 0)
+    checks.at_least("rows_multiple", rows_multiple, 1, none_is_fine=True)
+    if start_step and not training:
+        raise ValueError(
+            f"`start_step` must be 0 without `training`. Received: {start_step}"
+        )
+    max_words = prepared.corpus.max_words
+    lengths = bucket_lengths(max_words)
+    sizes = _batch_sizes(lengths, batch_words, rows_multiple)
+
+    def one_pass(index=None):
+        rows = tf.data.Dataset.from_generator(
+            functools.partial(
+                _read_pass, prepared.corpus, split, seed, shuffle_buffer
+            ),
+            args=() if index is None else (index,),
+            output_signature=_LINES_AND_LENGTHS,
+        )
+        return _in_buckets(rows.unbatch(), lengths, sizes)
+
+    if training:
+        index, done = divmod(
+            start_step,
+            batches_per_pass(
+                prepared.statistics[split],
+                batch_words,
+                max_words,
+                rows_multiple,
+            ),
+        )
+        # Dropped before words are looked up, and from one pass alone.
+        grouped = tf.data.Dataset.counter(index).flat_map(one_pass).skip(done)
+    else:
+        grouped = one_pass()
+    dataset = grouped.map(
+        lambda *rows: _encode(
+            *rows,
+            prepared.vocabulary,
+            lengths,
+            sizes if rows_multiple else None,
+        ),
+        num_parallel_calls=tf.data.AUTOTUNE,
+    )
+    options = tf.data.Options()
+    options.deterministic = True
+    return dataset.prefetch(2).with_options(options)
+
+
+def encode(
+    prepared: preparation.Prepared,
+    sentences: list[bytes],
+    num_rows: int | None = None,
+):
+    """One batch of given sentences, in their order; see `batches`.
+
+    Args:
+        prepared: see `preparation.prepare`.
+        sentences: lines that `lines.why_unusable` finds nothing against.
+        num_rows: optional int, not below the number of sentences: as many
+            rows are there, the last all padding.
+    """
+    lengths = bucket_lengths(prepared.corpus.max_words)
+    num_words = [len(sentence.split()) for sentence in sentences]
+    return _encode(
+        tf.constant(sentences),
+        tf.constant(num_words),
+        prepared.vocabulary,
+        lengths,
+        num_rows and [num_rows] * len(lengths),
+    )
+
+
+def _read_pass(corpus, split, seed, shuffle_buffer, index=None):
+    """Generates the chunks of pass `index`; without one, in text order."""
+    if index is None:
+        chunks = _chunks(corpus.lines(split), _CHUNK)
+    else:
+        # Neither Python's hashes nor TensorFlow's global seed, which
+        # `tf.data.Dataset.shuffle` mixes in, have a part in this.
+        random = np.random.default_rng([seed, int(index)])
+        order = random.permutation(len(corpus.sources[split]))
+        lines = corpus.lines(split, order=order)
+        chunks = _mixed(lines, shuffle_buffer, random)
+    for chunk in chunks:
+        yield chunk, np.array([len(line.split()) for line in chunk], np.int32)
+
+
+def _encode(lines_B, num_words_B, vocabulary, lengths, sizes=None):
+    """Makes the tensors of a batch from its sentences.
+
+    With `sizes` it has the rows that these give for its padded length.
+    """
+    ids = vocabulary.encode(tf.strings.split(lines_B))
+    one_B1 = tf.ones_like(num_words_B)[:, tf.newaxis]
+    bucket = tf.searchsorted(lengths, [tf.reduce_max(num_words_B) + 1])
+    length = tf.gather(lengths, bucket[0])
+    num_rows = -1 if sizes is None else tf.gather(sizes, bucket[0])
+    shape = tf.stack([num_rows, length])
+    tokens = tf.concat([one_B1 * special_ids.START, ids], axis=1)
+    targets = tf.concat([ids, one_B1 * special_ids.END], axis=1)
+    tokens_BL = tokens.to_tensor(special_ids.PAD, shape=shape)
+    targets_BL = targets.to_tensor(special_ids.PAD, shape=shape)
+    weights_BL = tf.cast(targets_BL != special_ids.PAD, tf.float32)
+    inputs = {"tokens": tokens_BL, "targets": targets_BL}
+    return inputs, targets_BL, weights_BL
+
+
+def _in_buckets(rows, lengths, sizes):
+    """Groups `(line, number of words)` into batches by padded length.
+
+    The lines are padded after this, once they are words: splitting and
+    looking up batch by batch is twice as fast as line by line.
+    """
+    return rows.bucket_by_sequence_length(
+        element_length_func=lambda line, num_words: num_words + 1,
+        bucket_boundaries=[length + 1 for length in lengths[:-1]],
+        bucket_batch_sizes=sizes,
+        no_padding=True,
+    )
+
+
+def _batch_sizes(lengths, batch_words, rows_multiple=None):
+    step = rows_multiple or 1
+    return [
+        max(step, batch_words // length // step * step) for length in lengths
+    ]
+
+
+def _chunks(lines: Iterator[bytes], size: int) -> Iterator[np.ndarray]:
+    while chunk := list(itertools.islice(lines, size)):
+        yield np.array(chunk, object)
+
+
+def _mixed(lines, buffer_size, random) -> Iterator[np.ndarray]:
+    """Chunks of `lines` in an order drawn by the generator `random`.
+
+    Holds `buffer_size` lines; each chunk read is mixed with them, and as
+    many lines drawn from both go out.
+    """
+    if not buffer_size:
+        yield from _chunks(lines, _CHUNK)
+        return
+    held = np.array([], object)
+    # Large enough that mixing costs a line few moves.
+    for chunk in _chunks(lines, max(_CHUNK, buffer_size // 8)):
+        mixed = random.permutation(np.concatenate([held, chunk]))
+        held = mixed[:buffer_size]
+        if len(mixed) > buffer_size:
+            yield mixed[buffer_size:]
+    yield held

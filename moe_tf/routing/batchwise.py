@@ -1,0 +1,130 @@
+"""Strictly balanced gating, appendix F."""
+
+import keras
+from keras import ops
+
+from moe_tf import checks
+from moe_tf import losses
+from moe_tf.routing import expert_choice
+from moe_tf.routing import gating
+from moe_tf.routing import router
+
+
+class ThresholdRouter(expert_choice.ColumnRouter):
+    """A `ColumnRouter` with learned thresholds, equations 19 and 20.
+
+    Args:
+        threshold_weight: float, weight of equation 20.
+        *args, **kwargs: those of the next class.
+    """
+
+    def __init__(self, *args, threshold_weight, **kwargs):
+        super().__init__(*args, **kwargs)
+        checks.positive("threshold_weight", threshold_weight)
+        self.threshold_weight = threshold_weight
+        self.loss_weights["threshold_loss"] = threshold_weight
+
+    def add_thresholds(self, shape, name):
+        """Thresholds at the mean of a softmax over the last axis."""
+        return self.add_weight(
+            shape=shape,
+            initializer=keras.initializers.Constant(1.0 / shape[-1]),
+            name=name,
+        )
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "threshold_weight": self.threshold_weight,
+        }
+
+
+@keras.saving.register_keras_serializable(package="moe_tf")
+class BatchwiseRouter(ThresholdRouter, router.GateRouter):
+    """Strictly balanced gating: every expert gets the same number of tokens.
+
+    In training each expert takes the `m = ceil(k |X| / n)` tokens of the
+    batch with its largest softmax values (equation 18), so a token goes to
+    `k` experts on average, perhaps to none: then the layer's output is zero.
+    In a decoder later positions thus influence earlier ones in training.
+    Otherwise a token goes to the experts whose value passes their learned
+    threshold (equation 19), whatever else is in the batch. The chosen values
+    are divided by their sum (equation 16). There is no noise.
+
+    The thresholds start at `1 / n`. Equation 20 trains them, and only them;
+    its gradient counts tokens, so an optimizer that scales gradients (Adam)
+    is expected, or a `threshold_weight` that suits the batch. The paper says
+    neither the weight nor the start.
+
+    Outside training the number of a token's experts is not bounded, and XLA
+    reserves slots for every token at every expert. Evaluate without
+    `jit_compile`, or bound them by `SparseMoE(eval_capacity_factor=...)`.
+
+    A token that holds NaN or infinity goes to every expert, gets NaN for its
+    gates and makes the losses of its batch NaN.
+
+    Args:
+        num_experts: int, `E`.
+        k: int, mean number of experts of a token. Defaults to `4`.
+        importance_weight: float, weight of the importance loss, equation 7.
+            The load is equal by construction. Defaults to `0.1`.
+        z_loss_weight: float, weight of `losses.z_loss`. Defaults to `0.0`.
+        threshold_weight: float, weight of equation 20. Defaults to `0.001`.
+
+    Call arguments and returns: those of `Router`.
+
+    Reference:
+     - [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538), appendix F
+    """
+
+    def __init__(
+        self,
+        num_experts,
+        k=4,
+        importance_weight=0.1,
+        z_loss_weight=0.0,
+        threshold_weight=0.001,
+        **kwargs,
+    ):
+        super().__init__(
+            num_experts,
+            k,
+            importance_weight,
+            z_loss_weight=z_loss_weight,
+            threshold_weight=threshold_weight,
+            **kwargs,
+        )
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.threshold_E = self.add_thresholds(
+            (self.num_experts,), "thresholds"
+        )
+
+    def call(self, inputs, mask=None, training=False):
+        logits_TE = self.logits(inputs)
+        score_TE = gating.softmax(logits_TE)
+        if training:
+            chosen_TE = self.take(logits_TE, mask)
+        else:
+            chosen_TE = passes(score_TE, self.threshold_E)
+        return self.routing(
+            self.gates(
+                gating.renormalised(logits_TE, chosen_TE), chosen_TE, mask
+            ),
+            mask,
+            logits_TE=logits_TE,
+            threshold_loss=losses.batchwise_loss(
+                score_TE, self.threshold_E, chosen_TE, mask
+            ),
+        )
+
+    def most_tokens(self, num_tokens, training):
+        if not training:
+            return None
+        return expert_choice.share(num_tokens, self.k, self.num_experts)
+
+
+def passes(score, threshold):
+    """Equation 19; what is NaN passes, so that it shows in what follows."""
+    return ops.logical_or(score > threshold, ops.isnan(score))

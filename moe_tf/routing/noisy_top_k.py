@@ -1,0 +1,87 @@
+"""Noisy top-k gating, the paper's own router."""
+
+import keras
+from keras import ops
+
+from moe_tf.routing import gating
+from moe_tf.routing import router
+
+
+@keras.saving.register_keras_serializable(package="moe_tf")
+class NoisyTopKRouter(router.Router):
+    """Chooses `k` of `num_experts` experts for every token, equations 3-5.
+
+    Noise is drawn only when `training`. Both kernels start at zero, so that
+    the load starts balanced (appendix A). In training the layer adds the
+    importance loss (equation 7) and the load loss (equation 11), weighted
+    and taken over the whole batch.
+
+    A token that holds NaN or infinity gets NaN for its gates, and makes the
+    losses of its batch NaN.
+
+    Args:
+        num_experts: int, `E`.
+        k: int, experts kept for each token, `1 <= k <= E`. Defaults to `4`.
+        importance_weight: float, `w_importance` of equation 7; 0 turns the
+            loss off. Defaults to `0.1`.
+        load_weight: float, `w_load` of equation 11; 0 turns the loss off.
+            Defaults to `0.1`.
+        z_loss_weight: float, weight of `losses.z_loss` of the logits before
+            the noise. Defaults to `0.0`.
+        seed: optional int for the noise.
+
+    Call arguments and returns: those of `Router`.
+
+    Reference:
+     - [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538), section 2,
+       appendix A
+    """
+
+    def __init__(
+        self,
+        num_experts,
+        k=4,
+        importance_weight=0.1,
+        load_weight=0.1,
+        z_loss_weight=0.0,
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(
+            num_experts,
+            k,
+            importance_weight,
+            load_weight,
+            z_loss_weight,
+            **kwargs,
+        )
+        self.seed = seed
+        self.seed_generator = keras.random.SeedGenerator(seed)
+
+    def build(self, input_shape):
+        shape_DE = (input_shape[-1], self.num_experts)
+        self.gate_DE, self.noise_DE = (
+            self.add_weight(shape=shape_DE, initializer="zeros", name=name)
+            for name in ("gate_kernel", "noise_kernel")
+        )
+        self.built = True
+
+    def call(self, inputs, mask=None, training=False):
+        clean_TE = ops.matmul(inputs, self.gate_DE)
+        noise = ()
+        if training:
+            std_TE = ops.softplus(ops.matmul(inputs, self.noise_DE))
+            draw_TE = keras.random.normal(
+                ops.shape(clean_TE), dtype=self.dtype, seed=self.seed_generator
+            )
+            noise = std_TE, draw_TE
+        gates, chance_TE = gating.noisy_top_k(clean_TE, self.k, *noise)
+        load_E = None  # without noise it is counted
+        if training:
+            if mask is not None:
+                chance_TE *= ops.cast(mask, chance_TE.dtype)[:, None]
+            load_E = ops.sum(chance_TE, axis=0)
+        return self.routing(gates, mask, load_E=load_E, logits_TE=clean_TE)
+
+    def get_config(self):
+        return {**super().get_config(), "seed": self.seed}

@@ -1,0 +1,233 @@
+"""Language modelling: model, data and loss together from a config."""
+
+import tensorflow as tf
+
+from moe_tf import schedules
+from moe_tf import special_ids
+from moe_tf.data.text import batching
+from moe_tf.data.text import preparation
+from moe_tf.decoding import language_model
+from moe_tf.models import layer_specs
+from moe_tf.models.language import variants
+from moe_tf.models.language.model import LanguageModel
+from moe_tf.models.language.scorer import NextWordScorer
+from moe_tf.routing import registry
+from moe_tf.training import dry_run
+from moe_tf.training import fields
+from moe_tf.training import meshes
+from moe_tf.training.language import scoring
+from moe_tf.training.task import Task
+
+
+class LanguageModelTask(Task):
+    """Predicting the next word of sentences.
+
+    `configs/lm_demo.py` explains each field of the config.
+
+    Raises:
+        ValueError: a field's value cannot be used.
+    """
+
+    free_fields = (*Task.free_fields, "sample")
+
+    def check(self) -> None:
+        """Refuses a config that cannot be used, before any work is done."""
+        fields.check(
+            self.config,
+            counts=(
+                "data.batch_words",
+                "data.max_words",
+                "data.vocabulary_size",
+                "sample.num_sentences",
+                "sample.max_words",
+            ),
+            counts_from_zero=("data.shuffle_buffer", "sample.seed"),
+            counts_or_none=("model.width", "model.num_sampled"),
+            not_negative=("sample.temperature",),
+        )
+        meshes.check(self.config, self.variant().layers)
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        """Makes the routers, without weights, so that wrong settings tell."""
+        model = self.config.model
+        mixtures = layer_specs.mixtures(self.variant().layers)
+        for layer in mixtures:
+            registry.make(
+                layer.num_experts,
+                layer.gating,
+                k=layer.k,
+                branching=layer.branching,
+                importance_weight=model.importance_weight,
+                load_weight=model.load_weight,
+            )
+        for field in _OF_EXPERTS:
+            if not mixtures and model[field]:
+                raise ValueError(
+                    f"`model.{field}` is for variants with a choice of "
+                    "experts; leave it out here. Received: "
+                    f"model.{field}={model[field]}, "
+                    f"model.variant={model.variant}"
+                )
+
+    def variant(self) -> variants.Variant:
+        """What the model consists of, without building it."""
+        model = self.config.model
+        return variants.variant(
+            model.variant, width=model.width, k=model.k, gating=model.gating
+        )
+
+    def prepare(self, workdir: str) -> preparation.Prepared:
+        """The corpus, counted, and its vocabulary."""
+        return preparation.prepare(self.config.data, workdir)
+
+    def build(self, prepared: preparation.Prepared) -> NextWordScorer:
+        """The compiled model, with its weights as the seed makes them."""
+        train = self.config.train
+        with self.scope():
+            scorer = NextWordScorer(
+                LanguageModel(
+                    vocabulary_size=prepared.vocabulary.size,
+                    seed=self.config.seed,
+                    **self.config.model,
+                )
+            )
+            scorer.build()
+            optimizer = self.optimizer(
+                schedules.WarmupInverseSqrt(
+                    train.learning_rate, train.warmup_steps
+                )
+            )
+            optimizer.build(scorer.trainable_variables)
+            # XLA would compile anew for each length of batches.
+            scorer.compile_for_words(optimizer, jit_compile=False)
+        return scorer
+
+    def batches(
+        self, prepared: preparation.Prepared, split: str, start_step: int = 0
+    ) -> tf.data.Dataset:
+        """Batches of a split, for training from `start_step` on."""
+        data = self.config.data
+        dataset = batching.batches(
+            prepared,
+            split,
+            data.batch_words,
+            seed=self.config.seed,
+            start_step=start_step,
+            shuffle_buffer=data.shuffle_buffer,
+            rows_multiple=data.rows_multiple,
+        )
+        return self.shard(dataset)
+
+    def num_batches(self, prepared: preparation.Prepared, split: str) -> int:
+        """Number of batches in one pass over a split."""
+        data = self.config.data
+        return batching.batches_per_pass(
+            prepared.statistics[split],
+            data.batch_words,
+            data.max_words,
+            data.rows_multiple,
+        )
+
+    def describe(self) -> str:
+        """What a run will hold and cost, before anything is allocated."""
+        return dry_run.describe(self.variant(), self.config)
+
+    def describe_data(self, prepared: preparation.Prepared) -> list[str]:
+        """A line for each split, and one for what training sees of it."""
+        told = []
+        for split, found in prepared.statistics.items():
+            skipped = sum(found.skipped.values()) - found.skipped["blank"]
+            told.append(
+                f"{split}: {found.lines:,} sentences, {found.words:,} words "
+                f"with ends, {100 * found.unknown_rate:.2f}% unknown, "
+                f"{skipped:,} lines skipped"
+            )
+        steps = self.config.train.steps
+        passes = steps / self.num_batches(prepared, "train")
+        told.append(f"{steps:,} steps are {passes:.2f} passes over train")
+        return told
+
+    def evaluate(
+        self,
+        scorer: NextWordScorer,
+        prepared: preparation.Prepared,
+        split: str,
+        clipped: bool = False,
+    ) -> list[str]:
+        """The perplexity on a split, told in a line."""
+        del clipped  # the layers know
+        figures = scorer.evaluate(
+            self.batches(prepared, split),
+            steps=self.num_batches(prepared, split),
+            return_dict=True,
+            verbose=0,
+        )
+        unknown = 100 * prepared.statistics[split].unknown_rate
+        return [
+            f"{split} perplexity {figures['perplexity']:.2f} over "
+            f"{int(figures['words'])} words, ends of sentences counted "
+            f"({unknown:.2f}% unknown)"
+        ]
+
+    def show(
+        self, scorer: NextWordScorer, prepared: preparation.Prepared
+    ) -> list[str]:
+        """Sentences of the trained model, told after training."""
+        return [f"sample: {text}" for text in self.sample(scorer, prepared)]
+
+    def score(
+        self,
+        scorer: NextWordScorer,
+        sentences: list[bytes],
+        prepared: preparation.Prepared,
+    ):
+        """A batch of up to 64 sentences, and its negative log-likelihoods."""
+        if self.strategy is None:
+            batch = batching.encode(prepared, sentences)
+            return batch, scorer(batch[0])
+        rows = self.config.data.rows_multiple
+        num_rows = -(-scoring.LINES_AT_ONCE // rows) * rows
+        batch = batching.encode(prepared, sentences, num_rows)
+        return batch, meshes.score(scorer, self.strategy, batch[0])
+
+    def sample(
+        self, scorer: NextWordScorer, prepared: preparation.Prepared
+    ) -> list[str]:
+        """Sentences drawn from the model, as `config.sample` says."""
+        sample = self.config.sample
+        model = scorer.language_model
+        if self.strategy is None:
+            step, num_rows = tf.function(model.step), sample.num_sentences
+        else:
+            step, num_rows = meshes.padded_step(
+                model.step,
+                self.strategy,
+                sample.num_sentences,
+                self.config.data.rows_multiple,
+            )
+        drawn = language_model.sample(
+            step,
+            model.initial_states(num_rows),
+            sample.num_sentences,
+            start_id=special_ids.START,
+            end_id=special_ids.END,
+            max_length=sample.max_words,
+            temperature=sample.temperature,
+            seed=sample.seed,
+            forbidden_ids=(
+                special_ids.PAD,
+                special_ids.UNK,
+                special_ids.START,
+            ),
+        )
+        return [prepared.vocabulary.sentence(ids) for ids in drawn]
+
+
+_OF_EXPERTS = (
+    "importance_weight",
+    "load_weight",
+    "capacity_factor",
+    "num_groups",
+    "recompute",
+)

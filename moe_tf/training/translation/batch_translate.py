@@ -1,0 +1,168 @@
+"""Many sentences through a translator: sorted, batched, in order again."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable
+from collections.abc import Iterator
+
+import numpy as np
+
+from moe_tf import special_ids
+from moe_tf.data import lines
+from moe_tf.data.parallel import batch_plan
+
+# Batches that are read ahead to be sorted by length: less padding.
+_BATCHES_AHEAD = 16
+
+TOO_LONG = lines.TOO_LONG
+
+# No wordpiece is so long on average: a line of more need not be cut up to
+# know that it is too long.
+_MOST_BYTES_A_PIECE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Translation:
+    """One translation of a sentence.
+
+    Attributes:
+        text: the translation.
+        score: float, what the decoder ranks by.
+        log_probability: float, in nats, the end counted.
+        source_pieces: what the encoder read.
+        pieces: what the decoder wrote, without the end.
+        attention: float `(len(pieces) + 1, len(source_pieces))`, each row of
+            sum 1; the last is that of the end. `None` from sampling.
+    """
+
+    text: str
+    score: float
+    log_probability: float
+    source_pieces: list[str]
+    pieces: list[str]
+    attention: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Translated:
+    """What became of one line.
+
+    Attributes:
+        translations: the best first; none of a line that was skipped.
+        skipped: why the line has none; `None` if it has.
+    """
+
+    translations: list[Translation]
+    skipped: str | None = None
+
+
+def translate_lines(
+    translator,
+    raw_lines: Iterable[bytes | None],
+    language: str | None,
+    batch_size: int,
+    max_pieces: int,
+) -> Iterator[Translated]:
+    """Translates lines of any number, in order, one `Translated` each.
+
+    Reads 16 batches ahead. A line that is blank, not UTF-8 or too long is
+    skipped, and the others go on.
+
+    Args:
+        translator: `models.translator.Translator`.
+        raw_lines: as `lines.bounded_lines` gives them.
+        language: see `Translator`.
+        batch_size: sentences translated together.
+        max_pieces: longer sources are skipped.
+    """
+    raw_lines = iter(raw_lines)
+    while chunk := list(
+        itertools.islice(raw_lines, batch_size * _BATCHES_AHEAD)
+    ):
+        reasons = [_why_unusable(raw, max_pieces) for raw in chunk]
+        usable = [i for i, reason in enumerate(reasons) if reason is None]
+        if usable:
+            texts = [chunk[i].strip() for i in usable]
+            rows = translator.rows(texts, language).to_list()
+            for i, row in zip(usable, rows, strict=True):
+                if len(row) > max_pieces:
+                    reasons[i] = TOO_LONG
+            fit = [
+                (i, row)
+                for i, row in zip(usable, rows, strict=True)
+                if reasons[i] is None
+            ]
+            found = dict(_in_batches(translator, fit, batch_size))
+        for i, reason in enumerate(reasons):
+            yield Translated([], reason) if reason else Translated(found[i])
+
+
+def _why_unusable(raw, max_pieces):
+    if raw is not None and len(raw) > max_pieces * _MOST_BYTES_A_PIECE:
+        return TOO_LONG
+    return lines.why_unusable(raw, lines.LONGEST_LINE)
+
+
+def all_best(translator, texts, language, batch_size) -> list[str]:
+    """The best translation of each text, whatever its length.
+
+    Args:
+        translator: `models.translator.Translator`.
+        texts: list of str.
+        language: see `Translator`.
+        batch_size: sentences translated together.
+    """
+    rows = translator.rows(texts, language).to_list()
+    found = dict(_in_batches(translator, enumerate(rows), batch_size))
+    return [found[i][0].text if found[i] else "" for i in range(len(texts))]
+
+
+def example(source: str, found: str, reference: str) -> str:
+    """A translation to look at, in three lines."""
+    return (
+        f"source:      {source}\ntranslation: {found}\nreference:   {reference}"
+    )
+
+
+def _in_batches(translator, numbered_rows, batch_size):
+    """`(number, translations)` of sources of ids, batched by length."""
+    ordered = sorted(numbered_rows, key=lambda row: len(row[1]))
+    for first in range(0, len(ordered), batch_size):
+        batch = ordered[first : first + batch_size]
+        source_BS = _padded([row for _, row in batch], batch_size)
+        found = translator.find(source_BS)
+        strings = translator.strings(found)
+        texts_BM = strings["translation"].numpy()
+        arrays = [None if x is None else x.numpy() for x in found]
+        for b, (number, row) in enumerate(batch):
+            own = [None if array is None else array[b] for array in arrays]
+            yield number, list(_translations(translator, row, texts_BM[b], own))
+
+
+def _padded(rows, num_rows):
+    """The rows as one array; empty ones fill it up to `num_rows`."""
+    length = batch_plan.padded_length(max(map(len, rows)))
+    source_BS = np.full((num_rows, length), special_ids.PAD, "int32")
+    for b, row in enumerate(rows):
+        source_BS[b, : len(row)] = row
+    return source_BS
+
+
+def _translations(translator, row, texts_M, found):
+    tokens_MI, lengths_M, scores_M, log_probabilities_M, attention_MIS = found
+    pieces = translator.wordpieces.pieces
+    for m, length in enumerate(lengths_M):
+        if not length:
+            return  # pruned, and so are the ones after it
+        ids = tokens_MI[m, :length]
+        attention = None
+        if attention_MIS is not None:
+            attention = attention_MIS[m, :length, : len(row)]
+        yield Translation(
+            text=texts_M[m].decode("utf-8", "replace"),
+            score=float(scores_M[m]),
+            log_probability=float(log_probabilities_M[m]),
+            source_pieces=[pieces[i] for i in row],
+            pieces=[pieces[i] for i in ids if i != special_ids.END],
+            attention=attention,
+        )

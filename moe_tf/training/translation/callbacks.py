@@ -1,0 +1,86 @@
+"""Translations of validation text at every evaluation."""
+
+import keras
+import tensorflow as tf
+
+from moe_tf import tags
+from moe_tf.evaluation import bleu
+from moe_tf.training.translation import batch_translate
+
+
+class ValidationTranslations(keras.callbacks.Callback):
+    """Adds BLEU and chrF to the logs and the board, and shows translations.
+
+    Translates the first `translate.validation_sentences` of each pair,
+    greedily, for `val_bleu` and `val_chrf`, means over the pairs; with
+    several pairs also `val_bleu_<pair>`. To be put before callbacks that
+    read the logs.
+
+    Args:
+        task: `TranslationTask`.
+        prepared: its `PreparedPairs`.
+        board: `TrainingBoard`, whose writers are used.
+    """
+
+    def __init__(self, task, prepared, board):
+        super().__init__()
+        self.task = task
+        self.board = board
+        self._settings = task.config.translate
+        self._prepared = prepared
+        number = self._settings.validation_sentences
+        self._texts = [
+            (pair, *task.texts(prepared, "validation", pair, number))
+            for pair in (prepared.corpus.pairs if number else ())
+        ]
+
+    def on_epoch_end(self, epoch, logs=None):
+        if not self._texts:
+            return
+        translator = self.task.translator(
+            self.model, self._prepared, method="greedy", num_best=1
+        )
+        figures, shown = {}, {}
+        for pair, sources, references in self._texts:
+            found = batch_translate.all_best(
+                translator,
+                sources,
+                self.task.language(self._prepared, pair),
+                self._settings.batch_size,
+            )
+            figures[pair.name] = bleu.corpus_scores(
+                found, references, self._settings.bleu_tokenize
+            )
+            rows = zip(sources, found, references, strict=True)
+            shown[pair.name] = [
+                batch_translate.example(*row)
+                for row, _ in zip(
+                    rows, range(self._settings.shown), strict=False
+                )
+            ]
+        number = len(figures)
+        logs["val_bleu"] = sum(f.bleu for f in figures.values()) / number
+        logs["val_chrf"] = sum(f.chrf for f in figures.values()) / number
+        if number > 1:
+            for name, scores in figures.items():
+                logs[f"val_bleu_{name}"] = scores.bleu
+        self._write(figures, shown)
+
+    def _write(self, figures, shown):
+        with (
+            self.board.disk_errors(),
+            self.board.writer("validation").as_default(self.board.step()),
+        ):
+            for name, scores in figures.items():
+                tf.summary.scalar(tags.bleu(name), scores.bleu)
+                tf.summary.scalar(tags.chrf(name), scores.chrf)
+                tf.summary.text(tags.signature(name), scores.bleu_signature)
+                text = [_preformatted(example) for example in shown[name]]
+                if text:
+                    tf.summary.text(tags.translations(name), text)
+            self.board.writer("validation").flush()
+
+
+def _preformatted(text):
+    """Markdown that a dashboard shows as it is."""
+    return "\n".join(f"    {line}" for line in text.splitlines())

@@ -1,0 +1,300 @@
+"""Translation: model, data and loss together from a config."""
+
+import functools
+import itertools
+
+import keras
+import tensorflow as tf
+
+from moe_tf import checks
+from moe_tf import schedules
+from moe_tf import xla
+from moe_tf.data.parallel import batching
+from moe_tf.data.parallel import preparation
+from moe_tf.evaluation import bleu
+from moe_tf.models.translation import factory
+from moe_tf.models.translation import translator
+from moe_tf.models.translation import variants
+from moe_tf.models.translation.scorer import TranslationScorer
+from moe_tf.training import compiled_updates
+from moe_tf.training import fields
+from moe_tf.training import meshes
+from moe_tf.training.task import Task
+from moe_tf.training.translation import batch_translate
+from moe_tf.training.translation import dry_run
+from moe_tf.training.translation.callbacks import ValidationTranslations
+
+CHECKPOINTS = ("best", "last", "average")
+OUTPUTS = ("text", "json")
+
+
+class TranslationTask(Task):
+    """Translating sentences, of one pair of languages or of several.
+
+    `configs/mt_demo.py` explains each field of the config.
+
+    Raises:
+        ValueError: a field's value cannot be used.
+    """
+
+    free_fields = (*Task.free_fields, "translate", "experts")
+
+    def check(self) -> None:
+        """Refuses a config that cannot be used, before any work is done."""
+        _check(self.config)
+        self.settings.check()
+        # Makes the model, without weights, so that wrong settings tell.
+        meshes.check(self.config, self.variant().layers)
+
+    @property
+    def settings(self) -> translator.Settings:
+        """How translations are found."""
+        names = translator.Settings._fields
+        return translator.Settings(
+            **{name: self.config.translate[name] for name in names}
+        )
+
+    def variant(self) -> variants.Variant:
+        """What the model consists of, without building it."""
+        model = self._make_model(vocabulary_size=8)
+        return model.variant
+
+    def describe(self) -> str:
+        """What a run will hold and cost, before anything is allocated."""
+        return dry_run.describe(self.variant(), self.config)
+
+    def prepare(self, workdir: str) -> preparation.PreparedPairs:
+        """The corpus, cut into wordpieces."""
+        return preparation.prepare(self.config.data, workdir)
+
+    def describe_data(self, prepared: preparation.PreparedPairs) -> list[str]:
+        """A line for each pair and split, and one for the passes."""
+        told = []
+        for split, by_pair in prepared.statistics.items():
+            for name, found in by_pair.items():
+                skipped = sum(found.skipped.values())
+                told.append(
+                    f"{split} {name}: {found.pairs:,} sentence pairs, "
+                    f"{found.source_pieces:,} source and "
+                    f"{found.target_pieces:,} target wordpieces with ends, "
+                    f"{found.unknown_pieces:,} unknown, {skipped:,} skipped"
+                )
+        data, steps = self.config.data, self.config.train.steps
+        passes = steps / batching.batches_in_first_pass(
+            prepared,
+            data.batch_tokens,
+            self.config.seed,
+            rows_multiple=data.rows_multiple,
+        )
+        told.append(f"{steps:,} steps are {passes:.2f} passes over train")
+        return told
+
+    def pair(self, prepared: preparation.PreparedPairs):
+        """The language pair that `translate.pair` names."""
+        name = self.config.translate.pair
+        if not name:
+            return prepared.corpus.pairs[0]
+        return prepared.corpus.pair(name)
+
+    def language(self, prepared: preparation.PreparedPairs, pair) -> str | None:
+        """The target to ask for; None where there is only one."""
+        return pair.target if prepared.wordpieces.languages else None
+
+    def texts(self, prepared, split, pair, number=None):
+        """The first sources and references of a split, lists of str."""
+        rows = itertools.islice(prepared.corpus.lines(pair, split), number)
+        sides = zip(*rows, strict=True)
+        return [[text.decode("utf-8") for text in side] for side in sides]
+
+    def build(self, prepared: preparation.PreparedPairs) -> TranslationScorer:
+        """The compiled model, with its weights as the seed makes them."""
+        train = self.config.train
+        with self.scope():
+            scorer = TranslationScorer(
+                self._make_model(prepared.wordpieces.size),
+                label_smoothing=train.label_smoothing,
+            )
+            scorer.build()
+            optimizer = self.optimizer(
+                schedules.WarmupInverseSqrt(
+                    train.learning_rate,
+                    train.warmup_steps,
+                    train.constant_steps,
+                ),
+                beta_2=train.beta_2,
+            )
+            weights = scorer.trainable_variables
+            optimizer.build(weights)
+            alone = self.strategy is None and not train.jit_compile
+            if alone and xla.on_gpu(weights[0]):
+                compiled_updates.compile_updates(optimizer)
+            scorer.compile_for_words(optimizer, jit_compile=train.jit_compile)
+        return scorer
+
+    def batches(
+        self,
+        prepared: preparation.PreparedPairs,
+        split: str,
+        start_step: int = 0,
+        pair: str | None = None,
+    ) -> tf.data.Dataset:
+        """Batches of a split, for training from `start_step` on."""
+        data = self.config.data
+        dataset = batching.batches(
+            prepared,
+            split,
+            data.batch_tokens,
+            seed=self.config.seed,
+            start_step=start_step,
+            pair=pair,
+            rows_multiple=data.rows_multiple,
+        )
+        return self.shard(dataset)
+
+    def num_batches(
+        self,
+        prepared: preparation.PreparedPairs,
+        split: str,
+        pair: str | None = None,
+    ) -> int:
+        """Number of batches in one pass over a split."""
+        data = self.config.data
+        return batching.num_batches(
+            prepared,
+            split,
+            data.batch_tokens,
+            pair=pair,
+            rows_multiple=data.rows_multiple,
+        )
+
+    def callbacks(self, prepared, board) -> list[keras.callbacks.Callback]:
+        """Translations of validation text at every evaluation."""
+        if self.strategy is not None:
+            return []  # decoding is for one device
+        return [ValidationTranslations(self, prepared, board)]
+
+    def translator(self, scorer, prepared, **changes) -> translator.Translator:
+        """The decoder of a model, as `config.translate` says."""
+        return _translator(
+            scorer.translation_model,
+            prepared.wordpieces,
+            self.settings._replace(**changes),
+        )
+
+    def evaluate(
+        self,
+        scorer: TranslationScorer,
+        prepared: preparation.PreparedPairs,
+        split: str,
+        clipped: bool = False,
+    ) -> list[str]:
+        """Perplexity, BLEU and chrF of each pair, a line each.
+
+        Decoders drop nothing, so `clipped` has the perplexity alone.
+        """
+        told = []
+        for pair in prepared.corpus.pairs:
+            figures = scorer.evaluate(
+                self.batches(prepared, split, pair=pair.name),
+                steps=self.num_batches(prepared, split, pair=pair.name),
+                return_dict=True,
+                verbose=0,
+            )
+            told.append(
+                f"{split} {pair.name}: perplexity {figures['perplexity']:.3f} "
+                f"over {int(figures['words'])} wordpieces, ends counted"
+            )
+            if self.strategy is None and not clipped:
+                told += self._scores(scorer, prepared, split, pair)
+        return told
+
+    def _scores(self, scorer, prepared, split, pair):
+        sources, references = self.texts(prepared, split, pair)
+        found = batch_translate.all_best(
+            self.translator(scorer, prepared),
+            sources,
+            self.language(prepared, pair),
+            self.config.translate.batch_size,
+        )
+        scores = bleu.corpus_scores(
+            found, references, self.config.translate.bleu_tokenize
+        )
+        return [
+            f"{split} {pair.name}: BLEU {scores.bleu:.2f} "
+            f"({scores.bleu_signature}), chrF {scores.chrf:.2f} "
+            f"({scores.chrf_signature}), {len(found)} sentences"
+        ]
+
+    def show(
+        self, scorer: TranslationScorer, prepared: preparation.PreparedPairs
+    ) -> list[str]:
+        """Some sentences of the test text, translated."""
+        if self.strategy is not None or not self.config.translate.shown:
+            return []
+        told = []
+        for pair in prepared.corpus.pairs:
+            sources, references = self.texts(
+                prepared, "test", pair, self.config.translate.shown
+            )
+            found = batch_translate.all_best(
+                self.translator(scorer, prepared),
+                sources,
+                self.language(prepared, pair),
+                self.config.translate.batch_size,
+            )
+            for row in zip(sources, found, references, strict=True):
+                told.append(batch_translate.example(*row))
+        return told
+
+    def _make_model(self, vocabulary_size):
+        return factory.make(
+            self.config.model.variant,
+            vocabulary_size,
+            seed=self.config.seed,
+            **{
+                name: value
+                for name, value in self.config.model.items()
+                if name != "variant"
+            },
+        )
+
+
+@functools.lru_cache(maxsize=2)
+def _translator(model, wordpieces, settings):
+    """Made once, since it is traced once; it reads the weights as they are."""
+    return translator.Translator(model, wordpieces, settings)
+
+
+def _check(config):
+    fields.check(
+        config,
+        counts=(
+            "data.batch_tokens",
+            "data.max_pieces",
+            "data.vocabulary_size",
+            "translate.batch_size",
+            "translate.max_pieces",
+            "experts.num_experts",
+            "experts.places",
+            "experts.sentences",
+        ),
+        counts_from_zero=(
+            "train.constant_steps",
+            "translate.validation_sentences",
+            "translate.shown",
+        ),
+    )
+    fields.share("train.label_smoothing", config.train.label_smoothing)
+    fields.share("train.beta_2", config.train.beta_2)
+    fields.one_of(
+        "translate.checkpoint", config.translate.checkpoint, CHECKPOINTS
+    )
+    fields.one_of("translate.output", config.translate.output, OUTPUTS)
+    checks.at_least("data.batch_tokens", config.data.batch_tokens, 8)
+    if config.train.jit_compile and config.model.variant.startswith("GNMT"):
+        raise ValueError(
+            "`train.jit_compile` is for Transformers: XLA cannot compile the "
+            "gradient of a GNMT's loops for batches of several lengths. "
+            f"Received: train.jit_compile={config.train.jit_compile}, "
+            f"model.variant={config.model.variant}"
+        )

@@ -1,0 +1,141 @@
+"""Groups of tokens on one device: each is a batch by itself."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from moe_tf.dispatch import gather
+from moe_tf.dispatch import plans
+from moe_tf.dispatch import token_groups
+from moe_tf.routing import gating
+from tests import every_router
+
+EVERY = pytest.mark.parametrize("name", every_router.SETTINGS)
+
+
+@pytest.mark.parametrize("by_value", [False, True])
+@pytest.mark.parametrize("slots", [1, 3, 20])
+def test_a_plan_is_that_of_each_group(slots, by_value):
+    rng = np.random.default_rng(slots)
+    expert_GTK = np.argsort(rng.random((3, 10, 5)), -1)[..., :2].astype("int32")
+    expert_GTK[1, :4] = 5  # masked
+    weight_GTK = rng.random((3, 10, 2))
+    limit_G = np.minimum([slots, 2, 1], slots).astype("int32")
+    priority = weight_GTK if by_value else None
+    plan = token_groups.plan(expert_GTK, 5, slots, limit_G, priority)
+    x_GTD, y_GSD = (
+        rng.normal(size=(3, 10, 4)),
+        rng.normal(size=(3, 5 * slots, 4)),
+    )
+    dispatched = gather.dispatch(x_GTD, plan)
+    combined = gather.combine(y_GSD, weight_GTK, plan)
+    dropped_E = 0
+    for g in range(3):
+        one = plans.plan_capacity(
+            expert_GTK[g],
+            5,
+            slots,
+            limit_G[g],
+            weight_GTK[g] if by_value else None,
+        )
+        np.testing.assert_array_equal(plan.assignment_GS[g], one.assignment_S)
+        np.testing.assert_array_equal(plan.slot_GTK[g], one.slot_TK)
+        np.testing.assert_array_equal(
+            dispatched[g], gather.dispatch(x_GTD[g], one)
+        )
+        np.testing.assert_allclose(
+            combined[g], gather.combine(y_GSD[g], weight_GTK[g], one)
+        )
+        dropped_E += plans.dropped(one)
+    np.testing.assert_array_equal(plans.dropped(plan), dropped_E)
+    assert float(plans.effective_capacity(plan)) == pytest.approx(
+        limit_G.sum() * 5 / np.sum(expert_GTK < 5)
+    )
+
+
+@EVERY
+@pytest.mark.parametrize("capacity_factor", [None, 0.75])
+def test_a_layer_routes_each_group_by_itself(name, capacity_factor):
+    def results(num_groups, x_TD, mask_T):
+        layer = every_router.layer(
+            name,
+            quiet=True,
+            capacity_factor=capacity_factor,
+            num_groups=num_groups,
+        )
+        with tf.GradientTape() as tape:
+            tape.watch(x_TD)
+            y_TD = layer(x_TD, mask=mask_T, training=True)
+            loss = tf.reduce_sum(tf.sin(y_TD))  # the losses are of the batch
+        variables = [v.value for v in layer.trainable_variables]
+        gradients = tape.gradient(
+            loss, [x_TD, *variables], unconnected_gradients="zero"
+        )
+        vectors = layer.balance.assigned_E, layer.balance.dropped_E
+        return y_TD, gradients, [np.array(vector) for vector in vectors]
+
+    x_TD = tf.constant(every_router.tokens(24))
+    mask_T = tf.constant(np.arange(24) % 7 > 0)
+    y_TD, (dx_TD, *gradients), vectors = results(3, x_TD, mask_T)
+    parts = [
+        results(None, x_TD[i : i + 8], mask_T[i : i + 8]) for i in (0, 8, 16)
+    ]
+    want_y = tf.concat([part[0] for part in parts], 0)
+    want_dx = tf.concat([part[1][0] for part in parts], 0)
+    want = [
+        sum(map(tf.convert_to_tensor, ones))
+        for ones in zip(*(part[1][1:] for part in parts), strict=True)
+    ]
+    want_vectors = [
+        sum(ones) for ones in zip(*(p[2] for p in parts), strict=True)
+    ]
+    np.testing.assert_allclose(y_TD, want_y, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(dx_TD, want_dx, rtol=1e-9, atol=1e-12)
+    for got, one in zip(gradients, want, strict=True):
+        np.testing.assert_allclose(
+            tf.convert_to_tensor(got), one, rtol=1e-9, atol=1e-12
+        )
+    for got, one in zip(vectors, want_vectors, strict=True):
+        np.testing.assert_array_equal(got, one)
+
+
+@EVERY
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_groups_that_do_not_divide_are_filled_with_masked_tokens(
+    name, jit_compile
+):
+    layer = every_router.layer(
+        name, quiet=True, capacity_factor=1.0, num_groups=4
+    )
+    call = tf.function(
+        lambda x_TD, mask_T: layer(x_TD, mask=mask_T, training=True),
+        jit_compile=jit_compile,
+    )
+    x_TD = every_router.tokens(24)
+    mask_T = np.arange(24) < 21
+    whole_TD = call(x_TD, mask_T)
+    dropped_E = np.array(layer.balance.dropped_E)
+    cut_TD = layer(x_TD[:21], training=True)
+    assert cut_TD.shape == (21, every_router.WIDTH)
+    np.testing.assert_allclose(cut_TD, whole_TD[:21], rtol=1e-9, atol=1e-12)
+    np.testing.assert_array_equal(layer.balance.dropped_E, dropped_E)
+
+
+def test_an_experts_choice_in_groups_is_that_in_each():
+    rng = np.random.default_rng(0)
+    score_GTE = rng.integers(0, 4, (3, 9, 5)).astype("float32")  # with ties
+    score_GTE[0, 2] = np.nan
+    mask_GT = rng.random((3, 9)) < 0.8
+    number_G = np.array([0, 2, 4], "int32")
+    got = gating.group_mask(score_GTE, number_G, mask_GT)
+    for g in range(3):
+        want = gating.batchwise_mask(
+            score_GTE[g], number_G[g], int(number_G[g]), mask_GT[g]
+        )
+        np.testing.assert_array_equal(got[g], want)
+
+
+@pytest.mark.parametrize("value", [0, 1.5, "two"])
+def test_a_bad_number_of_groups_is_refused(value):
+    with pytest.raises(ValueError, match=f"`num_groups`.*={value}"):
+        every_router.layer("noisy_top_k", num_groups=value)
