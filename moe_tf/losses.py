@@ -31,7 +31,7 @@ def z_loss(logits_TE, mask_T=None):
     return _mean(square_T, mask_T)
 
 
-def load_balance_loss(share_TE, load_E, mask_T=None):
+def load_balance_loss(probability_TE, load_E, mask_T=None):
     """`n sum_i f_i P_i - 1`, the balance loss of GShard and Switch.
 
     `f_i` is expert i's share of the assignments, a count without a gradient,
@@ -39,14 +39,14 @@ def load_balance_loss(share_TE, load_E, mask_T=None):
     or all `P` are alike, and `n - 1` when one expert holds everything.
 
     Args:
-        share_TE: float, softmax over all experts.
+        probability_TE: float, softmax over all experts.
         load_E: float, number of assignments of each expert.
         mask_T: optional bool.
     """
-    num_experts = share_TE.shape[-1]
+    num_experts = probability_TE.shape[-1]
     total = ops.maximum(ops.sum(load_E), 1.0)
     fraction_E = ops.stop_gradient(load_E / total)
-    mean_E = _mean(share_TE, mask_T)
+    mean_E = _mean(probability_TE, mask_T)
     some = ops.cast(ops.sum(load_E) > 0, mean_E.dtype)
     return num_experts * ops.sum(fraction_E * mean_E) - some
 

@@ -16,37 +16,37 @@ PAGE = pathlib.Path(__file__).parents[1] / "docs" / "balance_losses.md"
 def routing(k, seed):
     """Softmax of random logits, and how many tokens chose each expert."""
     logits_TE = np.random.default_rng(seed).normal(size=(T, N))
-    share_TE = np.exp(logits_TE)
-    share_TE /= share_TE.sum(-1, keepdims=True)
-    chosen_TK = np.argsort(-share_TE)[:, :k]
-    return share_TE, np.bincount(chosen_TK.ravel(), minlength=N)
+    probability_TE = np.exp(logits_TE)
+    probability_TE /= probability_TE.sum(-1, keepdims=True)
+    chosen_TK = np.argsort(-probability_TE)[:, :k]
+    return probability_TE, np.bincount(chosen_TK.ravel(), minlength=N)
 
 
 # Each as its project writes it, of softmax, counts and experts a token.
 
 
-def switch(share_TE, count_E, k):
-    return N * np.sum(count_E / count_E.sum() * share_TE.mean(0))
+def switch(probability_TE, count_E, k):
+    return N * np.sum(count_E / count_E.sum() * probability_TE.mean(0))
 
 
-def gshard_paper(share_TE, count_E, k):
-    return np.mean(count_E / T * share_TE.mean(0))
+def gshard_paper(probability_TE, count_E, k):
+    return np.mean(count_E / T * probability_TE.mean(0))
 
 
-def mesh_tensorflow(share_TE, count_E, k):
-    return np.mean(count_E / T * share_TE.mean(0)) * N**2
+def mesh_tensorflow(probability_TE, count_E, k):
+    return np.mean(count_E / T * probability_TE.mean(0)) * N**2
 
 
-def megatron(share_TE, count_E, k):
-    return np.sum(share_TE.sum(0) * count_E) * N / (k * T**2)
+def megatron(probability_TE, count_E, k):
+    return np.sum(probability_TE.sum(0) * count_E) * N / (k * T**2)
 
 
-def transformers(share_TE, count_E, k):
-    return N * np.sum(count_E / T * share_TE.mean(0))
+def transformers(probability_TE, count_E, k):
+    return N * np.sum(count_E / T * probability_TE.mean(0))
 
 
-def fastmoe(share_TE, count_E, k):
-    return np.mean(count_E / T * share_TE.mean(0)) * (N / W) ** 2
+def fastmoe(probability_TE, count_E, k):
+    return np.mean(count_E / T * probability_TE.mean(0)) * (N / W) ** 2
 
 
 def conversions():
@@ -85,12 +85,12 @@ def test_a_row_of_the_page_gives_their_gradient(system, theirs, k):
     (weight,) = re.findall(r"`load_weight = ([^`]+)`", here)
     differences = []
     for seed in range(3):
-        share_TE, count_E = routing(k, seed)
+        probability_TE, count_E = routing(k, seed)
         ours = float(
-            losses.load_balance_loss(share_TE, count_E.astype("float64"))
+            losses.load_balance_loss(probability_TE, count_E.astype("float64"))
         )
         differences.append(
-            theirs(share_TE, count_E, k) - worth(weight, k) * ours
+            theirs(probability_TE, count_E, k) - worth(weight, k) * ours
         )
     want = worth(at_balance, k)
     np.testing.assert_allclose(differences, want, rtol=1e-6)
@@ -131,10 +131,12 @@ def test_theirs_is_ours_times_its_value_at_balance(theirs, k, value_at_balance):
     even_E = np.full(N, k * T / N)
     assert theirs(even_TE, even_E, k) == pytest.approx(value_at_balance)
     for seed in range(3):  # and so do their gradients, for all routings
-        share_TE, count_E = routing(k, seed)
+        probability_TE, count_E = routing(k, seed)
         ours = float(
-            losses.load_balance_loss(share_TE, count_E.astype("float64"))
+            losses.load_balance_loss(probability_TE, count_E.astype("float64"))
         )
         assert ours > 1e-3
         want = value_at_balance * (1 + ours)
-        assert theirs(share_TE, count_E, k) == pytest.approx(want, rel=1e-6)
+        assert theirs(probability_TE, count_E, k) == pytest.approx(
+            want, rel=1e-6
+        )

@@ -152,14 +152,14 @@ def test_no_table_of_a_plan_is_on_the_host(name):
 
 def test_numbers_of_plans_are_wide_on_gpus_alone(monkeypatch):
     expert_TK = tf.constant([[0, 1], [1, 2]])
-    assert plans.numbers(expert_TK).dtype == "int32"
+    assert plans.as_index(expert_TK).dtype == "int32"
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: [kind])
-    assert plans.numbers(expert_TK).dtype == "int64"
+    assert plans.as_index(expert_TK).dtype == "int64"
     dtypes = []
 
     @tf.function(jit_compile=True)
     def compiled():
-        dtypes.append(plans.numbers(expert_TK).dtype)
+        dtypes.append(plans.as_index(expert_TK).dtype)
         return 0
 
     compiled()

@@ -69,11 +69,11 @@ def test_balance_losses_are_0_at_perfect_balance(name):
 def test_balance_losses_are_n_minus_1_at_collapse():
     # One scale for all, as their common minimum.
     load_E = np.float32([6.0, 0.0, 0.0, 0.0])
-    share_TE = np.float32([[1.0, 0.0, 0.0, 0.0]] * 6)
+    probability_TE = np.float32([[1.0, 0.0, 0.0, 0.0]] * 6)
     assert float(losses.cv_squared(load_E)) == pytest.approx(3.0)
-    assert float(losses.load_balance_loss(share_TE, load_E)) == pytest.approx(
-        3.0
-    )
+    assert float(
+        losses.load_balance_loss(probability_TE, load_E)
+    ) == pytest.approx(3.0)
 
 
 def test_the_load_threshold_is_a_noisy_logit():
@@ -189,12 +189,14 @@ def test_padding_takes_no_slot_and_enters_no_loss(name, padding):
 def test_masked_tokens_leave_the_mean_before_it_is_taken():
     # Mesh TensorFlow's Switch loss: masked after the mean.
     logits_TE = tokens(9)
-    share_TE = np.exp(logits_TE) / np.exp(logits_TE).sum(-1, keepdims=True)
+    probability_TE = np.exp(logits_TE) / np.exp(logits_TE).sum(
+        -1, keepdims=True
+    )
     load_E = np.arange(6.0)
     mask_T = np.arange(9) < 5
-    got = losses.load_balance_loss(share_TE, load_E, mask_T)
+    got = losses.load_balance_loss(probability_TE, load_E, mask_T)
     np.testing.assert_allclose(
-        got, losses.load_balance_loss(share_TE[:5], load_E)
+        got, losses.load_balance_loss(probability_TE[:5], load_E)
     )
     got = losses.z_loss(logits_TE, mask_T)
     np.testing.assert_allclose(got, losses.z_loss(logits_TE[:5]))

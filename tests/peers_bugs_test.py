@@ -86,7 +86,7 @@ def test_a_token_of_zeros_is_a_token(name):
     x_TD[5] = 0.0
     layer(x_TD, training=True)
     want = 13 * layer.router.experts_per_token
-    most = layer.router.most_tokens(13, training=True)
+    most = layer.router.max_tokens_per_expert(13, training=True)
     if most is not None:  # experts choose: ceil(2 * 13 / 8), not of 12
         assert most == math.ceil(want / 8)
         want = 8 * most

@@ -67,7 +67,7 @@ def combine(y_SD, weight_TK, plan):
 def tokens(plan):
     """The token in each slot; one past the last in empty slots."""
     k = ops.shape(plan.slot_TK)[-1]
-    return plan.assignment_S // plans.like(k, plan.assignment_S)
+    return plan.assignment_S // plans.cast_like(k, plan.assignment_S)
 
 
 def collect(y_SD, plan):
@@ -89,7 +89,7 @@ def _take(x, index, plan):
     if isinstance(plan, plans.Rows):
         return tf.gather(x, index)
     axis = 1 if isinstance(plan, plans.Groups) else 0
-    num_rows = plans.like(ops.shape(x)[axis], index)
+    num_rows = plans.cast_like(ops.shape(x)[axis], index)
     rows = tf.gather(x, ops.minimum(index, num_rows - 1), batch_dims=axis)
     found = index < num_rows
     for _ in range(len(rows.shape) - len(found.shape)):
@@ -110,7 +110,7 @@ def _sum_columns(column, plan):
     if isinstance(plan, plans.Groups):
         last = k
     else:
-        num_slots = plans.like(_size(plan.assignment_S), plan.slot_TK)
+        num_slots = plans.cast_like(_size(plan.assignment_S), plan.slot_TK)
         used_K = ops.any(plan.slot_TK < num_slots, axis=0)
         column_K = ops.arange(1, ops.shape(used_K)[0] + 1, dtype="int32")
         last = ops.max(ops.where(used_K, column_K, 0), initial=0)

@@ -105,7 +105,7 @@ class Capacity(typing.NamedTuple):
     limit: typing.Any
 
 
-def numbers(expert):
+def as_index(expert):
     """Chosen experts, int32, as whole numbers that plans are made of.
 
     Of nearly all that is done to int32, TensorFlow's kernels for GPUs want
@@ -115,7 +115,7 @@ def numbers(expert):
     return ops.cast(expert, "int64") if xla.runs_ops_on_gpu() else expert
 
 
-def like(number, table):
+def cast_like(number, table):
     """An int, or a scalar of the dtype of a plan's table."""
     return number if isinstance(number, int) else ops.cast(number, table.dtype)
 
@@ -157,7 +157,7 @@ def plan_blocks(
     XLA wants.
 
     Args:
-        expert_TK: int32 or what `numbers` makes of it.
+        expert_TK: int32 or what `as_index` makes of it.
         num_experts: int, `E`.
         block_size: int.
         most: optional int, the most tokens that any expert gets, where that
@@ -198,7 +198,7 @@ def plan_capacity(expert_TK, num_experts, slots, limit=None, priority_TK=None):
     """One block of slots an expert; what overflows is dropped.
 
     Args:
-        expert_TK: int32 or what `numbers` makes of it.
+        expert_TK: int32 or what `as_index` makes of it.
         num_experts: int, `E`.
         slots: int or int32 scalar, slots of each expert.
         limit: optional int32 scalar, how many of them an expert may use.
@@ -209,7 +209,7 @@ def plan_capacity(expert_TK, num_experts, slots, limit=None, priority_TK=None):
     order_A, row_A, count_E = _sort(expert_TK, num_experts, priority_TK)
     expert_N = ops.arange(num_experts, dtype=count_E.dtype)
     limit = ops.convert_to_tensor(slots if limit is None else limit, "int32")
-    slots = like(slots, expert_N)
+    slots = cast_like(slots, expert_N)
     placed_E = placed(count_E, limit)
     assignment_S, slot_TK = _place(
         expert_TK, order_A, row_A, count_E, placed_E, expert_N,

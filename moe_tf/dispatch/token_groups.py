@@ -16,7 +16,7 @@ def plan(expert_GTK, num_experts, slots, limit_G=None, priority_GTK=None):
     """`plans.Groups` with `slots` slots of each group at every expert.
 
     Args:
-        expert_GTK: int32 or what `plans.numbers` makes of it, the experts that
+        expert_GTK: int32 or what `plans.as_index` makes of it, the experts that
             the `T` tokens of each group chose; `num_experts` for none.
         num_experts: int, `E`.
         slots: int, `C`.
@@ -39,7 +39,7 @@ def plan(expert_GTK, num_experts, slots, limit_G=None, priority_GTK=None):
     order_GA = ops.cast(order_GA, dtype)
     row_GA = ops.cast(tf.argsort(order_GA, stable=True), dtype)  # the inverse
     num_assignments, slots = (
-        plans.like(number, order_GA) for number in (num_tokens * k, slots)
+        plans.cast_like(number, order_GA) for number in (num_tokens * k, slots)
     )
     count_GE = _count(expert_GTK, num_experts)
     limit_G1 = None if limit_G is None else limit_G[:, None]
@@ -69,7 +69,7 @@ def plan(expert_GTK, num_experts, slots, limit_G=None, priority_GTK=None):
     )
 
 
-def padded(x_TD, mask_T, num_groups):
+def pad(x_TD, mask_T, num_groups):
     """Tokens and mask with masked tokens appended until groups are alike.
 
     On a mesh every device then has all tokens for a moment.
@@ -92,7 +92,7 @@ def _append(x, missing):
     return sharding.constrain(x, *spec)
 
 
-def cut(x, num_groups):
+def split(x, num_groups):
     """`(T, ...)` as `(G, T / G, ...)`, by order; `None` stays."""
     if x is None:
         return None

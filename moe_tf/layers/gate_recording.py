@@ -56,7 +56,7 @@ def recorded_gates(model):
         _recordings[:] = [r for r in _recordings if r is not recording]
 
 
-def note(layer, gates):
+def record(layer, gates):
     """Keeps the gates of one call of `layer` where they are recorded."""
     for recording in _recordings:
         if id(layer) not in recording:

@@ -218,7 +218,7 @@ class SparseMoE(keras.layers.Layer):
         num_groups = self._groups(training)
         number = ops.shape(x_TD)[0]
         if num_groups is not None:
-            x_TD, mask_T = token_groups.padded(x_TD, mask_T, num_groups)
+            x_TD, mask_T = token_groups.pad(x_TD, mask_T, num_groups)
         mixture = self._mixture
         if xla.compiles_part(self.jit_compile, self.experts.in_EDF):
             mixture = xla.compiled(mixture)
@@ -243,11 +243,11 @@ class SparseMoE(keras.layers.Layer):
         routing = self.router(
             ops.cast(x_TD, self.router.dtype), mask=mask_T, training=training
         )
-        gate_recording.note(self, routing.gates)
+        gate_recording.record(self, routing.gates)
         weight_TK, expert_TK = routing.gates
         if num_groups is not None:
             x_TD, weight_TK, expert_TK, mask_T = (
-                token_groups.cut(tensor, num_groups)
+                token_groups.split(tensor, num_groups)
                 for tensor in (x_TD, weight_TK, expert_TK, mask_T)
             )
         plan = self._plan(weight_TK, expert_TK, mask_T, training)
@@ -275,18 +275,21 @@ class SparseMoE(keras.layers.Layer):
         if axes is None:
             return None if self.num_groups in (None, 1) else self.num_groups
         factor = self.capacity_factor if training else self.eval_capacity_factor
-        chooses = self.router.most_tokens(axes["batch"], training) is not None
+        chooses = (
+            self.router.max_tokens_per_expert(axes["batch"], training)
+            is not None
+        )
         if branching := getattr(self.router, "branching", None):
-            two_level.warn_of_spread_experts(self.name, branching, axes)
+            two_level.warn_of_spread_branches(self.name, branching, axes)
         return token_groups.num_groups(
             self.name, self.num_groups, axes, factor is not None or chooses
         )
 
     def _plan(self, weight_TK, expert_TK, mask_T, training):
         """A plan of all tokens, or with a first axis `G` of its groups."""
-        expert_TK = plans.numbers(expert_TK)
+        expert_TK = plans.as_index(expert_TK)
         num_tokens = ops.shape(expert_TK)[-2]
-        most = self._most_tokens(ops.shape(expert_TK)[:-1], training)
+        most = self._max_tokens_per_expert(ops.shape(expert_TK)[:-1], training)
         factor = self.capacity_factor if training else self.eval_capacity_factor
         slots = limit = priority_TK = None
         if factor is not None:
@@ -322,12 +325,14 @@ class SparseMoE(keras.layers.Layer):
             expert_TK, self.num_experts, slots, limit, priority_TK
         )
 
-    def _most_tokens(self, sizes, training):
+    def _max_tokens_per_expert(self, sizes, training):
         """The most tokens of any expert, of each group where there are any."""
         *num_groups, num_tokens = sizes
         if not num_groups or self.router.chooses_in_groups:
-            return self.router.most_tokens(num_tokens, training)
-        most = self.router.most_tokens(num_groups[0] * num_tokens, training)
+            return self.router.max_tokens_per_expert(num_tokens, training)
+        most = self.router.max_tokens_per_expert(
+            num_groups[0] * num_tokens, training
+        )
         return None if most is None else ops.minimum(most, num_tokens)
 
     def _slots(self, num_tokens, factor):

@@ -10,8 +10,8 @@ from moe_tf.routing import gating
 from moe_tf.routing import router
 
 
-class ThresholdRouter(expert_choice.ColumnRouter):
-    """A `ColumnRouter` with learned thresholds, equations 19 and 20.
+class ThresholdRouter(expert_choice.ExpertChoiceBase):
+    """A `ExpertChoiceBase` with learned thresholds, equations 19 and 20.
 
     Args:
         threshold_weight: float, weight of equation 20.
@@ -119,10 +119,12 @@ class BatchwiseRouter(ThresholdRouter, router.GateRouter):
             ),
         )
 
-    def most_tokens(self, num_tokens, training):
+    def max_tokens_per_expert(self, num_tokens, training):
         if not training:
             return None
-        return expert_choice.share(num_tokens, self.k, self.num_experts)
+        return expert_choice.tokens_per_expert(
+            num_tokens, self.k, self.num_experts
+        )
 
 
 def passes(score, threshold):

@@ -11,7 +11,7 @@ from moe_tf.routing import gating
 from moe_tf.routing import router
 
 
-class ColumnRouter(router.Router):
+class ExpertChoiceBase(router.Router):
     """Every expert takes the tokens with the largest gate values."""
 
     chooses_in_groups = True
@@ -29,22 +29,26 @@ class ColumnRouter(router.Router):
 
         Where there are groups of tokens, in each of them.
         """
-        score_TE = log_share(logits_TE)
+        score_TE = log_softmax(logits_TE)
         if self.num_groups not in (None, 1):
             return self._take_in_groups(score_TE, mask_T)
         num_tokens, num_experts = ops.shape(score_TE)
-        most = share(num_tokens, self.k, num_experts)
-        num_chosen = share(number_real(mask_T, num_tokens), self.k, num_experts)
+        most = tokens_per_expert(num_tokens, self.k, num_experts)
+        num_chosen = tokens_per_expert(
+            number_real(mask_T, num_tokens), self.k, num_experts
+        )
         return gating.batchwise_mask(score_TE, num_chosen, most, mask_T)
 
     def _take_in_groups(self, score_TE, mask_T):
         score_GTE, mask_GT = (
-            token_groups.cut(tensor, self.num_groups)
+            token_groups.split(tensor, self.num_groups)
             for tensor in (score_TE, mask_T)
         )
         number_G = number_real(mask_GT, ops.shape(score_GTE)[1])
         chosen_GTE = gating.group_mask(
-            score_GTE, share(number_G, self.k, score_TE.shape[-1]), mask_GT
+            score_GTE,
+            tokens_per_expert(number_G, self.k, score_TE.shape[-1]),
+            mask_GT,
         )
         return ops.reshape(chosen_GTE, ops.shape(score_TE))
 
@@ -66,7 +70,7 @@ class ColumnRouter(router.Router):
 
 
 @keras.saving.register_keras_serializable(package="moe_tf")
-class ExpertChoiceRouter(ColumnRouter, router.GateRouter):
+class ExpertChoiceRouter(ExpertChoiceBase, router.GateRouter):
     """Every expert chooses its tokens, in training and at inference.
 
     Each of the `n` experts takes the `ceil(k T / n)` tokens with its largest
@@ -117,16 +121,16 @@ class ExpertChoiceRouter(ColumnRouter, router.GateRouter):
             logits_TE=logits_TE,
         )
 
-    def most_tokens(self, num_tokens, training):
-        return share(num_tokens, self.k, self.num_experts)
+    def max_tokens_per_expert(self, num_tokens, training):
+        return tokens_per_expert(num_tokens, self.k, self.num_experts)
 
 
-def log_share(logits):
+def log_softmax(logits):
     """The logarithm of the softmax, which does not underflow."""
     return logits - ops.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def share(num_tokens, k, num_experts):
+def tokens_per_expert(num_tokens, k, num_experts):
     """`m = ceil(k |X| / n)` of equation 18."""
     return capacity.expert_capacity(num_tokens * k, num_experts, 1)
 

@@ -155,11 +155,11 @@ class HierarchicalBatchwiseRouter(
     def _take_within(self, logits_TPQ, chosen_TP, mask_T):
         score_TPQ = ops.where(
             chosen_TP[..., None],
-            expert_choice.log_share(logits_TPQ),
+            expert_choice.log_softmax(logits_TPQ),
             -float("inf"),
         )
         score_GTE, mask_GT = (
-            token_groups.cut(tensor, self.num_groups or 1)
+            token_groups.split(tensor, self.num_groups or 1)
             for tensor in (
                 ops.reshape(score_TPQ, (-1, self.num_experts)),
                 mask_T,
@@ -174,8 +174,8 @@ class HierarchicalBatchwiseRouter(
         """What `_within_all` gives, from the gates of chosen groups alone."""
         num_groups, group_size = self.branching
         num_tokens = ops.shape(x_TD)[0]
-        most = expert_choice.share(num_tokens, self.k, num_groups)
-        number = expert_choice.share(
+        most = expert_choice.tokens_per_expert(num_tokens, self.k, num_groups)
+        number = expert_choice.tokens_per_expert(
             expert_choice.number_real(mask_T, num_tokens), self.k, num_groups
         )
         ones_TP = ops.ones(ops.shape(chosen_TP), x_TD.dtype)
@@ -196,8 +196,8 @@ class HierarchicalBatchwiseRouter(
             ops.arange(slots, dtype="int32") < number, (num_groups, slots)
         )
         chosen_PCQ = gating.group_mask(
-            expert_choice.log_share(logits_PCQ),
-            expert_choice.share(number, self.k, group_size),
+            expert_choice.log_softmax(logits_PCQ),
+            expert_choice.tokens_per_expert(number, self.k, group_size),
             taken_PC,
         )
         loss = losses.batchwise_loss(
@@ -216,10 +216,12 @@ class HierarchicalBatchwiseRouter(
 
     def _tokens_an_expert(self, num_tokens):
         for number in self.branching:
-            num_tokens = expert_choice.share(num_tokens, self.k, number)
+            num_tokens = expert_choice.tokens_per_expert(
+                num_tokens, self.k, number
+            )
         return num_tokens
 
-    def most_tokens(self, num_tokens, training):
+    def max_tokens_per_expert(self, num_tokens, training):
         return self._tokens_an_expert(num_tokens) if training else None
 
 

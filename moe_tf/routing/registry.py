@@ -79,7 +79,7 @@ def _hierarchical(gating, num_experts, branching):
             f"`branching` is for gating={' or '.join(TWO_LEVEL)}. "
             f"Received: branching={branching}, gating={gating}"
         )
-    groups, group_size = two_level.pair(branching)
+    groups, group_size = two_level.check_branching(branching)
     if groups * group_size != num_experts:
         raise ValueError(
             "`branching` must be two numbers whose product is `num_experts`. "

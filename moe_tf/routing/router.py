@@ -168,7 +168,7 @@ class Router(keras.layers.Layer):
             if weight
         ]
 
-    def most_tokens(self, num_tokens, training):
+    def max_tokens_per_expert(self, num_tokens, training):
         """The most tokens that any expert gets, where that is known before.
 
         Args:

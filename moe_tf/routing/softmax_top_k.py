@@ -54,9 +54,9 @@ class SoftmaxTopKRouter(router.GateRouter):
 
     def call(self, inputs, mask=None, training=False):
         logits_TE = self.logits(inputs)
-        share_TE = gating.softmax(logits_TE)
+        probability_TE = gating.softmax(logits_TE)
         gates = gating.masked(
-            self.gates(logits_TE, share_TE), self.num_experts, mask
+            self.gates(logits_TE, probability_TE), self.num_experts, mask
         )
         load_E = gating.assigned(gates, self.num_experts)
         return self.routing(
@@ -64,10 +64,10 @@ class SoftmaxTopKRouter(router.GateRouter):
             mask,
             load_E=load_E,
             logits_TE=logits_TE,
-            load_loss=losses.load_balance_loss(share_TE, load_E, mask),
+            load_loss=losses.load_balance_loss(probability_TE, load_E, mask),
         )
 
-    def gates(self, logits_TE, share_TE):
+    def gates(self, logits_TE, probability_TE):
         gates, _ = gating.noisy_top_k(logits_TE, self.k)
         return gates
 
@@ -115,6 +115,8 @@ class SwitchRouter(SoftmaxTopKRouter):
             **kwargs,
         )
 
-    def gates(self, logits_TE, share_TE):
+    def gates(self, logits_TE, probability_TE):
         _, expert_TK = gating.top_k_and_next(logits_TE, 1)
-        return gating.Gates(gating.entries(share_TE, expert_TK), expert_TK)
+        return gating.Gates(
+            gating.entries(probability_TE, expert_TK), expert_TK
+        )

@@ -29,7 +29,7 @@ class TwoLevelRouter(router.Router):
                 "`z_loss_weight` is for routers of one level; leave it out. "
                 f"Received: z_loss_weight={kwargs['z_loss_weight']}"
             )
-        groups, group_size = pair(branching)
+        groups, group_size = check_branching(branching)
         super().__init__(groups * group_size, k, **kwargs)
         if k > min(groups, group_size):
             raise ValueError(
@@ -59,7 +59,7 @@ def of_chosen(x_TD, group_TK, kernel_PDQ, most=None):
         `(y_SQ, plan)`: the products group by group, and the plan of `plans`
         that says which slot is which token's.
     """
-    group_TK = plans.numbers(group_TK)
+    group_TK = plans.as_index(group_TK)
     plan = plans.plan_dropless(group_TK, kernel_PDQ.shape[0], most)
     x_SD = gather.dispatch(x_TD, plan)
     y_SQ = grouped.apply(grouped.matmul, x_SD, [kernel_PDQ], plan)
@@ -71,7 +71,7 @@ def of_all(x_TD, kernel_PDQ):
     return tf.einsum("TD,PDQ->TPQ", x_TD, kernel_PDQ)
 
 
-def pair(branching):
+def check_branching(branching):
     """The two numbers of `branching`, checked."""
     try:
         groups, group_size = branching
@@ -85,7 +85,7 @@ def pair(branching):
     return groups, group_size
 
 
-def spread(branching, axes):
+def describe_spread_branches(branching, axes):
     """Says that the experts of a group lie on several devices.
 
     In appendix B of the paper each group has a device, so that what the
@@ -109,14 +109,14 @@ def spread(branching, axes):
     )
 
 
-def warn_of_spread_experts(layer, branching, axes):
+def warn_of_spread_branches(layer, branching, axes):
     """Warns where the experts of a group lie on several devices.
 
     Args:
         layer: str, its name.
-        branching, axes: as for `spread`.
+        branching, axes: as for `describe_spread_branches`.
     """
-    told = spread(branching, axes)
+    told = describe_spread_branches(branching, axes)
     if told is not None:
         warnings.warn(
             f"Groups of experts of the layer {layer} are {told}", stacklevel=2

@@ -72,7 +72,7 @@ def _slots(layer, tokens, capacity_factor):
     if layer.gating == "batchwise":
         # Experts take equally many, in two levels of those of their group.
         for number in layer.branching or (layer.num_experts,):
-            tokens = expert_choice.share(tokens, layer.k, number)
+            tokens = expert_choice.tokens_per_expert(tokens, layer.k, number)
     return tokens  # an expert may be chosen by all
 
 

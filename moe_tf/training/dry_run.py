@@ -150,7 +150,9 @@ def mesh_rows(
         how = "two gathers of answers" if "expert" in axes else "4 all-to-alls"
         rows.append(("  for the words of a layer of experts",
                      f"{_bytes(size)}, {how}"))  # fmt: skip
-        told = layer.branching and two_level.spread(layer.branching, axes)
+        told = layer.branching and two_level.describe_spread_branches(
+            layer.branching, axes
+        )
         if told:
             rows.append(("    its groups of experts are", told))
     rows.append(("  to sum gradients", _bytes(gradient_bytes)))

@@ -69,7 +69,7 @@ def check(
         checks.not_negative(field, value(config, field))
     for field in _NOT_NEGATIVE_OR_NONE:
         checks.not_negative(field, value(config, field), none_is_fine=True)
-    share("model.dropout", config.model.dropout)
+    fraction("model.dropout", config.model.dropout)
     steps, every = config.train.steps, config.train.evaluate_every
     if steps % every:
         raise ValueError(
@@ -93,7 +93,7 @@ def one_of(field, found, names):
         )
 
 
-def share(field, found):
+def fraction(field, found):
     """Raises `ValueError` unless `found` is at least 0 and below 1."""
     if not 0 <= found < 1:
         raise ValueError(

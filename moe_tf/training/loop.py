@@ -30,7 +30,7 @@ def train(task: Task, config, workdir):
             tell(task, line)
         scorer = task.build(prepared)
         record()
-        kept = Kept(task, config, workdir, scorer)
+        kept = SavedStates(task, config, workdir, scorer)
         found = kept.last.restore_latest() or {"step": 0}
         if found["step"] < config.train.steps:
             if found["step"]:
@@ -66,7 +66,7 @@ def dry_run(task: Task, config, workdir):
     tell(task, task.describe())
 
 
-class Kept:
+class SavedStates:
     """The saved states of a run: its `last` ones and its `best`."""
 
     def __init__(self, task: Task, config, workdir, scorer):
@@ -99,7 +99,9 @@ def open_state(task: Task, config, workdir, name="best"):
     workdirs.check(workdir, config, task.free_fields)
     prepared = task.prepare(workdir)
     scorer = task.build(prepared)
-    found = Kept(task, config, workdir, scorer).named(name).restore_latest()
+    found = (
+        SavedStates(task, config, workdir, scorer).named(name).restore_latest()
+    )
     if found is None:
         raise ValueError(
             f"There is no {name} checkpoint yet in `workdir`={workdir}; a run "

@@ -24,7 +24,9 @@ class Rows(keras.layers.Layer):
         self.built = True
 
     def call(self, inputs):
-        return embedding_rows.share(self.table(embedding_rows.all_ids(inputs)))
+        return embedding_rows.shard_rows(
+            self.table(embedding_rows.all_ids(inputs))
+        )
 
 
 def losses(names, on_mesh):

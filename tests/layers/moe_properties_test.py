@@ -46,11 +46,13 @@ class Case:
 
 
 @st.composite
-def cases(draw, most_experts=6, most_tokens=9, least_tokens=1):
+def cases(draw, most_experts=6, max_tokens_per_expert=9, least_tokens=1):
     num_experts = draw(st.integers(1, most_experts))
     k = draw(st.integers(1, num_experts))
     real = st.integers(0, 3).map(bool)  # three in four
-    mask = draw(st.lists(real, min_size=least_tokens, max_size=most_tokens))
+    mask = draw(
+        st.lists(real, min_size=least_tokens, max_size=max_tokens_per_expert)
+    )
     return Case(num_experts, k, np.array(mask, bool), draw(st.integers(0, 99)))
 
 
@@ -373,9 +375,11 @@ def test_the_loop_is_the_oracle_of_the_other_tests(case):
     layer = case.layer()
     gate_DE, *kernels = (v.numpy() for v in layer.trainable_variables)
     gate_TE = np.zeros((len(case.x_TD), case.num_experts))
-    share_TE = reference.scores(case.x_TD, gate_DE)
+    probability_TE = reference.scores(case.x_TD, gate_DE)
     for t in np.flatnonzero(case.mask_T):
-        chosen = np.argsort(-share_TE[t], kind="stable")[: case.k]
-        gate_TE[t, chosen] = share_TE[t, chosen] / share_TE[t, chosen].sum()
+        chosen = np.argsort(-probability_TE[t], kind="stable")[: case.k]
+        gate_TE[t, chosen] = (
+            probability_TE[t, chosen] / probability_TE[t, chosen].sum()
+        )
     want_TD = reference.mixture(case.x_TD, gate_TE, *kernels)
     np.testing.assert_allclose(slow(layer, case)[0], want_TD, atol=1e-12)

@@ -137,7 +137,9 @@ def test_matches_the_numpy_oracle(
             m = math.ceil(k * math.ceil(k * num_real / branching[0])
                           / branching[1])  # fmt: skip
             np.testing.assert_array_equal(count_E, m)
-            assert layer.router.most_tokens(num_real, training=True) == m
+            assert (
+                layer.router.max_tokens_per_expert(num_real, training=True) == m
+            )
             if branching == (4, 3):
                 assert without_T[mask_T].any()
 

@@ -363,11 +363,11 @@ def test_all_experts_for_every_token(name, jit_compile):
     if name == "batchwise":
         layer.router.threshold_E.assign(np.zeros(3))
     x_TD = tokens(7, 6)
-    share_TE = np.exp(x_TD @ np.asarray(layer.router.gate_DE))
-    share_TE /= share_TE.sum(-1, keepdims=True)
+    probability_TE = np.exp(x_TD @ np.asarray(layer.router.gate_DE))
+    probability_TE /= probability_TE.sum(-1, keepdims=True)
     hidden = np.maximum(np.einsum("TD,EDF->TEF", x_TD, layer.experts.in_EDF), 0)
     want_TD = np.einsum(
-        "TE,TEF,EFD->TD", share_TE, hidden, layer.experts.out_EFD
+        "TE,TEF,EFD->TD", probability_TE, hidden, layer.experts.out_EFD
     )
     for training in (False, True)[: 1 if name == "noisy_top_k" else 2]:
         y_TD, _ = compiled(layer, training, jit_compile)(x_TD)

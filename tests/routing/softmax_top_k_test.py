@@ -51,23 +51,23 @@ def layer_of(name, num_experts=5, k=2, width=6, **kwargs):
 
 
 def oracle(layer, x_TD, mask_T=None):
-    """`(gate_TE, share_TE)`: gates of equations 2-5, and the full softmax."""
-    share_TE = batchwise.scores(x_TD, np.asarray(layer.router.gate_DE))
-    gate_TE = np.zeros_like(share_TE)
-    for t, share_E in enumerate(share_TE):
+    """`(gate_TE, probability_TE)`: gates of eqs. 2-5, full softmax."""
+    probability_TE = batchwise.scores(x_TD, np.asarray(layer.router.gate_DE))
+    gate_TE = np.zeros_like(probability_TE)
+    for t, share_E in enumerate(probability_TE):
         if mask_T is not None and not mask_T[t]:
             continue
         gate_TE[t] = reference.gates_of_token(np.log(share_E), layer.k)
         if isinstance(layer.router, softmax_top_k.SwitchRouter):
             gate_TE[t] *= share_E[np.argmax(share_E)]
-    return gate_TE, share_TE
+    return gate_TE, probability_TE
 
 
-def excess(gate_TE, share_TE, real_T):
+def excess(gate_TE, probability_TE, real_T):
     """`n sum f P - 1` as in Switch, equations 4-6, over the real tokens."""
     chosen_TE = gate_TE[real_T] > 0
     fraction_E = chosen_TE.sum(0) / chosen_TE.sum()
-    return gate_TE.shape[1] * fraction_E @ share_TE[real_T].mean(0) - 1.0
+    return gate_TE.shape[1] * fraction_E @ probability_TE[real_T].mean(0) - 1.0
 
 
 CASES = [
@@ -88,7 +88,7 @@ def test_matches_the_numpy_oracle(name, num_experts, k, masked):
     x_TD = draw(0, 11, 6)
     real_T = np.arange(11) % 3 > 0 if masked else np.ones(11, bool)
     mask_T = real_T if masked else None
-    gate_TE, share_TE = oracle(layer, x_TD, mask_T)
+    gate_TE, probability_TE = oracle(layer, x_TD, mask_T)
     kernels = (
         np.asarray(layer.experts.in_EDF),
         np.asarray(layer.experts.out_EFD),
@@ -102,7 +102,7 @@ def test_matches_the_numpy_oracle(name, num_experts, k, masked):
     )
     want = [
         0.3 * reference.cv_squared(gate_TE.sum(0)),
-        0.7 * excess(gate_TE, share_TE, real_T),
+        0.7 * excess(gate_TE, probability_TE, real_T),
     ]
     np.testing.assert_allclose(layer.losses, want, rtol=1e-7, atol=1e-9)
     latest = layer.balance.latest()
@@ -234,8 +234,8 @@ def test_the_z_loss_reaches_the_router_from_real_tokens_alone(
     assert float(layer.balance.latest()["z_loss"]) == pytest.approx(
         np.mean(log_T**2), rel=1e-6
     )
-    share_TE = np.exp(logits_TE - log_T[:, None])
-    want_DE = x_TD[real_T].T @ (log_T[:, None] * share_TE) / real_T.sum()
+    probability_TE = np.exp(logits_TE - log_T[:, None])
+    want_DE = x_TD[real_T].T @ (log_T[:, None] * probability_TE) / real_T.sum()
     np.testing.assert_allclose(gradient_DE, want_DE, rtol=1e-7, atol=1e-10)
 
 
@@ -258,19 +258,19 @@ def test_the_load_loss_reports_but_does_not_add_without_training():
     x_TD = draw(0, 9, 6)
     layer(x_TD)
     assert not layer.losses
-    gate_TE, share_TE = oracle(layer, x_TD)
-    want = excess(gate_TE, share_TE, np.ones(9, bool))
+    gate_TE, probability_TE = oracle(layer, x_TD)
+    want = excess(gate_TE, probability_TE, np.ones(9, bool))
     assert float(layer.balance.latest()["load_loss"]) == pytest.approx(want)
 
 
 def test_the_selection_is_not_part_of_the_load_gradient():
     # d/dP of n sum f P: the counts f are constants of the batch.
-    share_TE = tf.constant([[0.7, 0.3], [0.6, 0.4], [0.2, 0.8]])
+    probability_TE = tf.constant([[0.7, 0.3], [0.6, 0.4], [0.2, 0.8]])
     load_E = tf.constant([2.0, 1.0])
     with tf.GradientTape() as tape:
-        tape.watch([share_TE, load_E])
-        loss = losses.load_balance_loss(share_TE, load_E)
-    gradients = tape.gradient(loss, [share_TE, load_E])
+        tape.watch([probability_TE, load_E])
+        loss = losses.load_balance_loss(probability_TE, load_E)
+    gradients = tape.gradient(loss, [probability_TE, load_E])
     want_TE = np.tile([2 * (2 / 3) / 3, 2 * (1 / 3) / 3], (3, 1))
     np.testing.assert_allclose(gradients[0], want_TE, rtol=1e-6)
     assert gradients[1] is None or not np.any(gradients[1])

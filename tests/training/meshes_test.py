@@ -192,7 +192,7 @@ def test_the_dry_run_tells_of_spread_groups(make, number, axes, whole):
     assert told.count("groups of experts") == (0 if whole else number)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        two_level.warn_of_spread_experts("moe", (2, 2), axes)
+        two_level.warn_of_spread_branches("moe", (2, 2), axes)
     # Once built, the layer warns in the same words.
     words = [str(w.message).partition(" layer moe are ")[2] for w in caught]
     assert len(words) == (not whole)

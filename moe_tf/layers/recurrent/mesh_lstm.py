@@ -38,11 +38,13 @@ def lstm(x_BLI, kernel_IG, recurrent_PG, projection_HP=None):
 
     @tf.custom_gradient
     def run(x_BLI, *kernels):
-        z_LBG = mesh_scan.said(tf.einsum("BLI,IG->LBG", x_BLI, kernels[0]))
+        z_LBG = mesh_scan.sharded_by_batch(
+            tf.einsum("BLI,IG->LBG", x_BLI, kernels[0])
+        )
         r_LBP, c_LBH = _forward(z_LBG, *kernels[1:])
 
         def gradient(dr_BLP):
-            dr_LBP = mesh_scan.said(tf.transpose(dr_BLP, [1, 0, 2]))
+            dr_LBP = mesh_scan.sharded_by_batch(tf.transpose(dr_BLP, [1, 0, 2]))
             dz_LBG, *dkernels = _backward(
                 dr_LBP, z_LBG, r_LBP, c_LBH, *kernels[1:]
             )
@@ -81,7 +83,7 @@ def _backward(dr_LBP, z_LBG, r_LBP, c_LBH, recurrent_PG, projection_HP=None):
     """
     before_LBP = mesh_scan.delayed(r_LBP)
     z_LBG += tf.einsum("LBP,PG->LBG", before_LBP, recurrent_PG)
-    i, f, g, o = _gates(mesh_scan.said(z_LBG))
+    i, f, g, o = _gates(mesh_scan.sharded_by_batch(z_LBG))
     tanh_LBH = tf.tanh(c_LBH)
     # What a gradient of memory cells, or for `o` one of the hidden state, is
     # multiplied by to be that of `z`.
@@ -91,8 +93,8 @@ def _backward(dr_LBP, z_LBG, r_LBP, c_LBH, recurrent_PG, projection_HP=None):
         i * (1 - g**2),
         tanh_LBH * o * (1 - o),
     ]
-    slope_LBG = mesh_scan.said(tf.concat(slopes, axis=-1))
-    slope_LBH = mesh_scan.said(o * (1 - tanh_LBH**2))
+    slope_LBG = mesh_scan.sharded_by_batch(tf.concat(slopes, axis=-1))
+    slope_LBH = mesh_scan.sharded_by_batch(o * (1 - tanh_LBH**2))
 
     def step(states, rows):
         (dr_BP, dc_BH), (upstream_BP, slope_BG, slope_BH, f_BH) = states, rows
@@ -105,13 +107,13 @@ def _backward(dr_LBP, z_LBG, r_LBP, c_LBH, recurrent_PG, projection_HP=None):
         before_BP = tf.matmul(dz_BG, recurrent_PG, transpose_b=True)
         return (before_BP, dc_BH * f_BH), (dr_BP, dc_BH)
 
-    sequences = [dr_LBP, slope_LBG, slope_LBH, mesh_scan.said(f)]
+    sequences = [dr_LBP, slope_LBG, slope_LBH, mesh_scan.sharded_by_batch(f)]
     widths = r_LBP.shape[-1], c_LBH.shape[-1]
     dr_LBP, dc_LBH = mesh_scan.scan(step, sequences, widths, reverse=True)
     dh_LBH = dr_LBP
     if projection_HP is not None:
         dh_LBH = tf.einsum("LBP,HP->LBH", dr_LBP, projection_HP)
-    dz_LBG = mesh_scan.said(_four(dc_LBH, dh_LBH) * slope_LBG)
+    dz_LBG = mesh_scan.sharded_by_batch(_four(dc_LBH, dh_LBH) * slope_LBG)
     result = [dz_LBG, tf.einsum("LBP,LBG->PG", before_LBP, dz_LBG)]
     if projection_HP is not None:
         h_LBH = o * tanh_LBH

@@ -65,10 +65,10 @@ def _scan_filled(step, sequences, widths, number, reverse):
             outputs.append(found)
         outputs = outputs[:: -1 if reverse else 1]
         gathered = map(put, gathered, zip(*outputs, strict=True))
-        return t + number, *map(said, states), *gathered
+        return t + number, *map(sharded_by_batch, states), *gathered
 
     def zeros(*shape):
-        return said(tf.zeros(shape, sequences[0].dtype))
+        return sharded_by_batch(tf.zeros(shape, sequences[0].dtype))
 
     states = [zeros(batch, width) for width in widths]
     gathered = [zeros(length, batch, width) for width in widths]
@@ -89,7 +89,7 @@ def delayed(x_LBD):
     return _prepend(x_LBD, [tf.zeros(x_LBD.shape[1:], x_LBD.dtype)])
 
 
-def said(x):
+def sharded_by_batch(x):
     """`x (..., B, D)`, sequences shared by the devices along `batch`.
 
     Loops want it said: their variables must keep their layout.
@@ -108,9 +108,9 @@ def _filled(x_LBD, extra, in_front):
     """`x_LBD` with so many positions of zeros more."""
     if not extra:
         return x_LBD
-    zeros = said(tf.zeros((extra, *x_LBD.shape[1:]), x_LBD.dtype))
+    zeros = sharded_by_batch(tf.zeros((extra, *x_LBD.shape[1:]), x_LBD.dtype))
     parts = [zeros, x_LBD] if in_front else [x_LBD, zeros]
-    return said(tf.concat(parts, axis=0))
+    return sharded_by_batch(tf.concat(parts, axis=0))
 
 
 def _read(x_LBD, first, number):
@@ -131,7 +131,7 @@ def _append(x_LBD, rows):
     start, kept = [len(rows), 0, 0], [length - len(rows), batch, width]
     later = tf.slice(x_LBD, start, kept)
     new = [tf.expand_dims(row_BD, 0) for row_BD in rows]
-    return said(tf.concat([later, *new], axis=0))
+    return sharded_by_batch(tf.concat([later, *new], axis=0))
 
 
 def _prepend(x_LBD, rows):
@@ -141,4 +141,4 @@ def _prepend(x_LBD, rows):
     kept = [length - len(rows), batch, width]
     earlier = tf.slice(x_LBD, [0, 0, 0], kept)
     new = [tf.expand_dims(row_BD, 0) for row_BD in rows]
-    return said(tf.concat([*new, earlier], axis=0))
+    return sharded_by_batch(tf.concat([*new, earlier], axis=0))

@@ -18,7 +18,7 @@ def all_ids(ids):
     return sharding.constrain(ops.cast(ids, "int64"), *(None,) * len(ids.shape))
 
 
-def share(x):
+def shard_rows(x):
     """Rows that every device has gathered: from here on each keeps its own.
 
     Gradients go the other way: each device gets those of all rows. An update

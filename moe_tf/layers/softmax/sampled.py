@@ -178,7 +178,7 @@ class SampledSoftmax(keras.layers.Layer):
         )
         rows = ops.cast(ops.take(self.kernel_VD, ids, axis=0), x_TD.dtype)
         rows_JD, rows_TD = rows[: self.num_sampled], rows[self.num_sampled :]
-        rows_TD = embedding_rows.share(rows_TD)
+        rows_TD = embedding_rows.shard_rows(rows_TD)
         wide = token_chunks.wide(self.compute_dtype)
         sampled_TJ = ops.cast(ops.einsum("TD,JD->TJ", x_TD, rows_JD), wide)
         target_T = ops.sum(ops.cast(x_TD, wide) * ops.cast(rows_TD, wide), -1)

@@ -62,7 +62,7 @@ class WordSoftmax(keras.layers.Layer):
     def embed(self, tokens):
         """Rows of the table: int `(...)` to float `(..., D)`."""
         rows = ops.take(self.kernel_VD, embedding_rows.all_ids(tokens), axis=0)
-        return embedding_rows.share(ops.cast(rows, self.compute_dtype))
+        return embedding_rows.shard_rows(ops.cast(rows, self.compute_dtype))
 
     def losses_per_word(self, features, targets):
         """What training minimises, word by word.

@@ -156,7 +156,7 @@ class LanguageModel(keras.Model):
 
     def _embed(self, tokens):
         rows_BLD = self.embedding(embedding_rows.all_ids(tokens))
-        return embedding_rows.share(rows_BLD)
+        return embedding_rows.shard_rows(rows_BLD)
 
     def initial_states(self, num_sequences):
         """States of the LSTMs before the first word, for `step`."""

@@ -125,7 +125,7 @@ def average(task, config, workdir):
         workdirs.check(workdir, config, task.free_fields)
         prepared = task.prepare(workdir)
         scorer = task.build(prepared)
-        kept = loop.Kept(task, config, workdir, scorer)
+        kept = loop.SavedStates(task, config, workdir, scorer)
         steps = averaging.average(
             kept.last,
             kept.named("average"),

@@ -284,8 +284,8 @@ def _check(config):
             "translate.shown",
         ),
     )
-    fields.share("train.label_smoothing", config.train.label_smoothing)
-    fields.share("train.beta_2", config.train.beta_2)
+    fields.fraction("train.label_smoothing", config.train.label_smoothing)
+    fields.fraction("train.beta_2", config.train.beta_2)
     fields.one_of(
         "translate.checkpoint", config.translate.checkpoint, CHECKPOINTS
     )
