@@ -26,13 +26,13 @@ def language_model(gpu, folder):
     if gpu:
         as_if_on_gpu()
     strategy, found = MeshStrategy({"batch": 2}), []
-    prepared = mesh_text.prepare(folder)
-    batches = mesh_text.read(prepared, 3, WORDS)
+    prepared = mesh_text.prepare_text(folder)
+    batches = mesh_text.read_batches(prepared, 3, WORDS)
 
     def train():
         setting = mesh_text.Setting(steps=3)
         size = prepared.vocabulary.size
-        found.append(mesh_text.train(strategy, setting, batches, size))
+        found.append(mesh_text.train_model(strategy, setting, batches, size))
 
     on_host = gpu_kernels.on_host(train)
     return on_host + gpu_kernels.on_host(whole_softmax, strategy), *found

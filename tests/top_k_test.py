@@ -97,7 +97,7 @@ def trained(way):
         model.add(layers.SparseMoE(4, 12, 2, num_groups=2, capacity_factor=1.0))
         model.compile("adam", "mse", jit_compile=False)
     x_BLD = np.random.default_rng(0).normal(size=(8, 5, 8)).astype("float32")
-    found = collectives.of(model.train_on_batch, x_BLD, x_BLD)
+    found = collectives.list_collectives(model.train_on_batch, x_BLD, x_BLD)
     losses = [model.train_on_batch(x_BLD, x_BLD) for _ in range(3)]
     return losses, sorted(found)
 

@@ -2,15 +2,16 @@
 
     moe-tf-benchmark --experts=8,32
 
-Forward and backward in training, the layer's losses included: a dense layer
-fed `tokens * k` rows, every expert on every token (what Keras users have
-today), and `SparseMoE`, dropless (`grouped`), with capacity factors, and with
-two levels (`groups:16`). All layers take turns in one run, and figures are
-medians. A ratio of 1 means that routing, sending and balancing cost nothing
-beside the experts' products.
+Times forward and backward passes in training, the layer's losses included, of
+a dense layer fed `tokens * k` rows, of every expert on every token (the usual
+form in Keras), and of `SparseMoE`: dropless (`grouped`), with capacity factors
+(`capacity:1.25`) and with two levels of experts (`two_level:16`). All layers
+take turns in one run, and figures are medians. A `time/dense` of 1 means that
+routing, dispatch and balancing cost nothing beside the experts' products.
+`rate/dense` is its inverse.
 
 The first row of the table is the ceiling, one large product. `TFLOP/s` and
-`ceiling` count useful operations alone, those of the dense row; `GFLOP` are
+`ceiling` count useful operations alone, those of the dense row. `GFLOP` are
 the products of the row's own graph, 2 a multiply-add, its gate's included.
 
 On a GPU, where single calls measure their launch:
@@ -25,20 +26,20 @@ import tensorflow as tf
 from absl import app
 from absl import flags
 
+from moe_tf.benchmarks import layer_kinds
 from moe_tf.benchmarks import memory
 from moe_tf.benchmarks import report
 from moe_tf.benchmarks import steps
 from moe_tf.benchmarks import timing
-from moe_tf.benchmarks import ways
 from moe_tf.routing import registry
 
 _EXPERTS = flags.DEFINE_list(
     "experts", ["8", "32", "256"], "Numbers of experts."
 )
-_WAYS = flags.DEFINE_list(
-    "ways",
+_LAYERS = flags.DEFINE_list(
+    "layers",
     ["all_experts", "grouped", "capacity:1.0", "capacity:1.25"],
-    f"Rows for each number of experts: {', '.join(ways.NAMES[1:])}.",
+    f"Rows for each number of experts: {', '.join(layer_kinds.NAMES[1:])}.",
 )
 _TOKENS = flags.DEFINE_integer("tokens", 4096, "Tokens a call.", 1)
 _WIDTH = flags.DEFINE_integer("width", 512, "Width of a token.", 1)
@@ -80,25 +81,25 @@ _MEMORY = flags.DEFINE_bool(
 
 
 @flags.validator("experts")
-def _numbers(experts):
-    if not all(number.isdecimal() and int(number) > 0 for number in experts):
+def _are_counts(experts):
+    if not all(count.isdecimal() and int(count) > 0 for count in experts):
         raise flags.ValidationError("whole numbers of at least 1 are needed")
     return _distinct(list(map(int, experts)))
 
 
-@flags.validator("ways")
-def _known(names):
+@flags.validator("layers")
+def _are_kinds(names):
     try:
-        parsed = list(map(ways.parse, names))
+        parsed = list(map(layer_kinds.parse_kind, names))
     except ValueError as error:
         raise flags.ValidationError(str(error)) from error
     if "dense" in names:
         raise flags.ValidationError("dense is always there, and once")
-    return _distinct(parsed)  # `capacity:1` and `capacity:1.0` are one way
+    return _distinct(parsed)  # `capacity:1` and `capacity:1.0` are one kind
 
 
 @flags.validator("activation")
-def _activation(name):
+def _is_activation(name):
     try:
         keras.activations.get(name)
     except ValueError as error:
@@ -113,27 +114,27 @@ def _distinct(values):
 
 
 @flags.multi_flags_validator(["experts", "k"])
-def _enough(values):
-    for number in map(int, values["experts"]):
-        if number < values["k"]:
+def _are_at_least_k(values):
+    for num_experts in map(int, values["experts"]):
+        if num_experts < values["k"]:
             raise flags.ValidationError(
                 "`k` must be between 1 and `num_experts`. "
-                f"Received: k={values['k']}, num_experts={number}"
+                f"Received: k={values['k']}, num_experts={num_experts}"
             )
     return True
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
-    setting = ways.Setting(
+    setting = layer_kinds.Setting(
         _TOKENS.value, _WIDTH.value, _HIDDEN.value, _K.value,
         _DTYPE_POLICY.value, _JIT_COMPILE.value, _GATING.value,
         _ACTIVATION.value,
     )  # fmt: skip
-    rows = ways.rows(_WAYS.value, map(int, _EXPERTS.value))
-    for row in rows:  # wrong settings tell before anything is measured
-        ways.layer(row, setting)
+    rows = layer_kinds.table_rows(_LAYERS.value, map(int, _EXPERTS.value))
+    for row in rows:  # Refuses wrong settings before it measures.
+        layer_kinds.make_layer(row, setting)
     print(report.machine(setting))
     print(
         f"{setting.tokens} tokens, width {setting.width}, hidden "
@@ -153,13 +154,15 @@ def main(argv):
         print(line)
 
 
-def too_large(rows, setting):
-    """Rows that would not fit, and why."""
+def too_large(
+    rows: list[layer_kinds.Row], setting: layer_kinds.Setting
+) -> dict[layer_kinds.Row, str]:
+    """Returns the reason why a row is skipped, for rows that do not fit."""
     reasons = {}
     for row in rows:
-        if row.way != "all_experts":
+        if row.kind != "all_experts":
             continue
-        gib = ways.all_experts_bytes(row.num_experts, setting) / 2**30
+        gib = layer_kinds.all_experts_bytes(row.num_experts, setting) / 2**30
         if gib > _ALL_EXPERTS_GIB.value:
             reasons[row] = (
                 f"its activations alone take {gib:.3g} GiB, more than "
@@ -168,8 +171,15 @@ def too_large(rows, setting):
     return reasons
 
 
-def measure(rows, setting):
-    """Results by row, seconds of the ceiling, bytes a second of the memory."""
+def measure(
+    rows: list[layer_kinds.Row], setting: layer_kinds.Setting
+) -> tuple[dict[layer_kinds.Row, report.Result], float, float]:
+    """Measures all rows in turns.
+
+    Returns:
+        `(results, seconds, bytes_per_second)`: `report.Result` by row, the
+        time of the ceiling's product, the rate of `steps.traffic`.
+    """
     on_gpu = bool(tf.config.list_physical_devices("GPU"))
     peaks = dict.fromkeys(rows)
     if _MEMORY.value and not on_gpu:
@@ -180,7 +190,7 @@ def measure(rows, setting):
         if on_gpu:
             layers[row], peaks[row] = memory.on_gpu(row, setting)
         else:
-            layers[row] = ways.train_step(row, setting)
+            layers[row] = layer_kinds.train_step(row, setting)
     traffic_bytes = _TRAFFIC_MIB.value * 2**20
     limits = {
         "ceiling": steps.ceiling(
@@ -198,7 +208,7 @@ def measure(rows, setting):
     return results, seconds["ceiling"], 3 * traffic_bytes / seconds["traffic"]
 
 
-def run():
+def run() -> None:
     app.run(main)
 
 

@@ -36,7 +36,7 @@ class Job:
     environment: dict = dataclasses.field(default_factory=dict)
 
 
-def run(job, folder, seconds, tell=print):
+def run_job(job, folder, seconds, tell=print):
     """Runs a job and tells of each record as it comes.
 
     Args:
@@ -86,7 +86,7 @@ def _follow(process, path, seconds, tell):
             if not line.endswith("\n"):
                 break  # It is being written.
             records.append(json.loads(line))
-            tell(text(records[-1]))
+            tell(format_record(records[-1]))
         if code is not None:
             return records, f"ended with code {code}" if code else None
         if time.monotonic() > end:
@@ -94,12 +94,14 @@ def _follow(process, path, seconds, tell):
         time.sleep(0.2)
 
 
-def text(record):
+def format_record(record):
     """A record as a line."""
-    return "; ".join(f"{name} {show(value)}" for name, value in record.items())
+    return "; ".join(
+        f"{name} {format_value(value)}" for name, value in record.items()
+    )
 
 
-def show(value):
+def format_value(value):
     """A value of a record as text."""
     if isinstance(value, float):
         return f"{value:.4g}"

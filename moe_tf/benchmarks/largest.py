@@ -6,7 +6,7 @@ One `SparseMoE` with recomputation and a capacity factor trains a few steps
 with `FactoredAdam` through `fit`. Gradients of all experts stand in memory
 beside the weights; with a capacity factor they are written by one product,
 where dropless training collects them expert by expert and holds them twice
-for a moment. The command is for a CPU; `on_gpu` is for
+for a moment. The command is for a CPU; `train_on_gpu` is for
 `many_devices`. The paper: up to 1 billion parameters on a GPU of 12 GB.
 """
 
@@ -31,7 +31,7 @@ _CAPACITY_FACTOR = flags.DEFINE_float(
 )
 
 
-def train(
+def train_layers(
     num_experts,
     *,
     width=512,
@@ -82,7 +82,7 @@ def divide(num_parameters, width, hidden):
     return num_layers, num_experts // num_layers
 
 
-def on_gpu(share, width=1024, hidden=4096):
+def train_on_gpu(share, width=1024, hidden=4096):
     """As many experts as fit a share of what TensorFlow may use of a GPU.
 
     Weights are counted, 4 bytes a parameter; of gradients, those of one layer
@@ -97,7 +97,7 @@ def on_gpu(share, width=1024, hidden=4096):
         if device.device_type == "GPU"
     ]
     num_layers, num_experts = divide(int(share * limits[0] / 4), width, hidden)
-    parameters, losses = train(
+    parameters, losses = train_layers(
         num_experts,
         width=width,
         hidden=hidden,
@@ -121,7 +121,7 @@ def on_gpu(share, width=1024, hidden=4096):
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
-    parameters, losses = train(
+    parameters, losses = train_layers(
         _NUM_EXPERTS.value,
         width=_WIDTH.value,
         hidden=_HIDDEN.value,

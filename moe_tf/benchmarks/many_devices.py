@@ -99,7 +99,7 @@ class Benchmark:
         reference = [None] if _REFERENCE.value else []
         for axes in [*reference, *self._square_meshes()]:
             yield self._job(
-                "mesh_text:compare",
+                "mesh_text:compare_with_one_device",
                 axes,
                 folder=str(pathlib.Path(self._folder).absolute()),
                 kinds=[("float32", "adam"), ("mixed_bfloat16", "sgd")],
@@ -139,11 +139,11 @@ class Benchmark:
         if self._type != "GPU":
             return
         for share in _SHARES:
-            yield self._job("largest:on_gpu", None, share=share)
+            yield self._job("largest:train_on_gpu", None, share=share)
 
     def _layer(self, axes, **settings):
         settings = {**_LAYER[self._type], **settings}
-        return self._job("mesh_layer:measure", axes, **settings)
+        return self._job("mesh_layer:measure_layer", axes, **settings)
 
     def _weak(self, axes, **settings):
         words, experts = _WEAK[self._type]
@@ -155,14 +155,14 @@ class Benchmark:
 
     def _model(self, axes, **settings):
         settings = {**_MODEL[self._type], **settings}
-        return self._job("mesh_model:measure", axes, **settings)
+        return self._job("mesh_model:measure_model", axes, **settings)
 
     def _job(self, function, axes, **settings):
         size = 1
         for length in (axes or {}).values():
             size *= length
         arguments = dict(settings)
-        if function != "largest:on_gpu":
+        if function != "largest:train_on_gpu":
             arguments |= {"axes": axes, "device_type": self._type}
         words = [function.replace(":", "_"), *map(str, _flat(axes, settings))]
         return jobs.Job(
@@ -197,7 +197,7 @@ def run(part, made, folder, end):
             found.append({"failed": job.name, "why": "no time left"})
             continue
         start = time.monotonic()
-        records, error = jobs.run(job, folder, left, _tell)
+        records, error = jobs.run_job(job, folder, left, _tell)
         took = time.monotonic() - start
         print(f"[{part}: {job.name} took {took:.0f} s]", flush=True)
         found += records
@@ -219,7 +219,7 @@ def markdown(results):
         columns = list(dict.fromkeys(name for r in records for name in r))
         lines += [f"## {part}", "", _row(columns), _row(["---"] * len(columns))]
         lines += [
-            _row([jobs.show(record.get(name, "")) for name in columns])
+            _row([jobs.format_value(record.get(name, "")) for name in columns])
             for record in records
         ]
         lines.append("")

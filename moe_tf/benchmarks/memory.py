@@ -8,8 +8,8 @@ import re
 import keras
 import tensorflow as tf
 
+from moe_tf.benchmarks import layer_kinds
 from moe_tf.benchmarks import timing
-from moe_tf.benchmarks import ways
 
 _STATUS = pathlib.Path("/proc/self/status")
 _GPU = "GPU:0"
@@ -35,7 +35,7 @@ def on_gpu(row, setting):
     layers that are alive do not, nor what choosing kernels took.
     """
     before = tf.config.experimental.get_memory_info(_GPU)["current"]
-    step = ways.train_step(row, setting)
+    step = layer_kinds.train_step(row, setting)
     timing.wait(step())
     tf.config.experimental.reset_memory_stats(_GPU)
     timing.wait(step())
@@ -46,7 +46,7 @@ def on_gpu(row, setting):
 def _grown(row, setting):
     keras.utils.set_random_seed(0)
     before = high_water()
-    step = ways.train_step(row, setting)
+    step = layer_kinds.train_step(row, setting)
     timing.wait(step())
     timing.wait(step())
     return high_water() - before

@@ -16,7 +16,7 @@ from moe_tf.distribute import collectives
 _LINK_MIB = 512  # What each device holds of the large all-to-all.
 
 
-def measure(
+def measure_layer(
     axes,
     device_type,
     tokens,
@@ -47,7 +47,7 @@ def measure(
     """
     strategy = MeshStrategy(axes, device_type=device_type) if axes else None
     size = axes["batch"] if axes else 1
-    mesh_timing.start(dtype)
+    mesh_timing.reset_keras(dtype)
     with strategy.scope() if strategy else contextlib.nullcontext():
         layer = layers.SparseMoE(
             experts * size,
@@ -59,7 +59,7 @@ def measure(
         )
         layer.build((None, width))
     step, ops = _traced(layer, strategy, (tokens * size, width), dtype)
-    wait = mesh_timing.wait if strategy else timing.wait
+    wait = mesh_timing.wait_for_mesh if strategy else timing.wait
     seconds = timing.medians({"step": step}, repeats, calls, wait)["step"]
     flops = 3 * 2 * 2 * tokens * k * width * hidden
     yield {
@@ -69,8 +69,8 @@ def measure(
         "ms": 1e3 * seconds,
         "TFLOP/s a device": flops / seconds / 1e12,
         "dropped": float(_dropped(layer)),
-        **mesh_timing.sent(ops),
-        **mesh_timing.peaks(device_type, size),
+        **mesh_timing.collective_fields(ops),
+        **mesh_timing.memory_fields(device_type, size),
     }
     if size == 1:
         return
@@ -78,7 +78,9 @@ def measure(
         tokens * k, experts * size, capacity_factor
     )
     shape = size, experts * size, slots, width
-    alone, rate = mesh_timing.link_record(strategy, shape, dtype, 4, repeats)
+    alone, rate = mesh_timing.time_all_to_alls(
+        strategy, shape, dtype, 4, repeats
+    )
     yield {
         "mesh": f"{axes}, its four all-to-alls alone",
         "ms": 1e3 * alone,
@@ -87,7 +89,7 @@ def measure(
     }
     rows = link_mib * 2**20 // (size * 1024 * 2)
     shape = size, size, rows, 1024
-    alone, rate = mesh_timing.link_record(
+    alone, rate = mesh_timing.time_all_to_alls(
         strategy, shape, "bfloat16", 4, repeats
     )
     yield {
@@ -128,7 +130,7 @@ def _traced(layer, strategy, shape, dtype):
         return strategy.run(forward_backward, (x_TD, dy_TD))
 
     batch = strategy.put_batch((x_TD, dy_TD), whole=True)
-    ops = collectives.of(step, *batch)
+    ops = collectives.list_collectives(step, *batch)
     return lambda: step(*batch), ops
 
 

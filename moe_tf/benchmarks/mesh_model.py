@@ -21,7 +21,7 @@ _K = 4
 _FACTOR = 1.25
 
 
-def measure(
+def measure_model(
     axes,
     device_type,
     scaling,
@@ -57,14 +57,14 @@ def measure(
     """
     strategy = MeshStrategy(axes, device_type=device_type) if axes else None
     size = axes["batch"] if axes else 1
-    mesh_timing.start(policy)
+    mesh_timing.reset_keras(policy)
     with strategy.scope() if strategy else contextlib.nullcontext():
         scorer = _build(
             experts, groups, width, vocabulary, sampled, jit_compile
         )
     data = _data(words // length, length, vocabulary)
     start = time.perf_counter()
-    ops = collectives.of(_fit, scorer, data, 1)
+    ops = collectives.list_collectives(_fit, scorer, data, 1)
     first = time.perf_counter() - start
     seconds = statistics.median(_fit(scorer, data, steps + 2)[2:])
     model = scorer.language_model
@@ -81,15 +81,15 @@ def measure(
         # 2 a multiply-add, 3 products: forward, and two gradients.
         "TFLOP/s a device": 3 * 2 * multiplied * rate / size / 1e12,
         "first step s": first,
-        **mesh_timing.sent(ops),
-        **mesh_timing.peaks(device_type, size),
+        **mesh_timing.collective_fields(ops),
+        **mesh_timing.memory_fields(device_type, size),
     }
     if size == 1 or not experts:
         return
     dtype = keras.dtype_policies.get(policy).compute_dtype
     slots = capacity.expert_capacity(words // groups * _K, experts, _FACTOR)
     shape = groups, experts, slots, width
-    alone, rate = mesh_timing.link_record(strategy, shape, dtype, 4, steps)
+    alone, rate = mesh_timing.time_all_to_alls(strategy, shape, dtype, 4, steps)
     yield {
         "scaling": scaling,
         "mesh": f"{axes}, its four all-to-alls alone",

@@ -74,8 +74,12 @@ class Run(typing.NamedTuple):
     slots: list
 
 
-def prepare(folder):
-    """The embedded text, counted once in `folder`, as `preparation` has it."""
+def prepare_text(folder):
+    """Counts the bundled text in `folder`, unless that has been done.
+
+    Returns:
+        `preparation.prepare`'s result.
+    """
     config = types.SimpleNamespace(
         corpus="sotu",
         train="",
@@ -88,7 +92,7 @@ def prepare(folder):
     return preparation.prepare(config, str(folder))
 
 
-def read(prepared, number, words=512):
+def read_batches(prepared, number, words=512):
     """The first batches of the longest sentences, all of one shape."""
     dataset = batching.batches(
         prepared, "train", words, shuffle_buffer=1024, rows_multiple=_ROWS
@@ -104,7 +108,7 @@ def read(prepared, number, words=512):
     raise ValueError(f"The text has fewer than {number} such batches.")
 
 
-def train(strategy, setting, batches, vocabulary_size):
+def train_model(strategy, setting, batches, vocabulary_size):
     """Trains a model from its start.
 
     With noise, dropout, balancing losses, sampled softmax, and a capacity
@@ -113,7 +117,7 @@ def train(strategy, setting, batches, vocabulary_size):
     Args:
         strategy: `MeshStrategy`, or None for one device.
         setting: `Setting`
-        batches: as `read` gives them, `setting.steps` of them; each process
+        batches: as `read_batches` gives them, `setting.steps` of them; each process
             of a mesh trains on its own rows.
         vocabulary_size: int
 
@@ -199,7 +203,7 @@ def differences(one, other):
     return found
 
 
-def compare(axes, device_type, folder, kinds, steps):
+def compare_with_one_device(axes, device_type, folder, kinds, steps):
     """Trains on one device, or on a mesh and tells how that differs.
 
     Args:
@@ -216,16 +220,16 @@ def compare(axes, device_type, folder, kinds, steps):
     strategy = MeshStrategy(axes, device_type=device_type) if axes else None
     # Sums of products in full, so that orders of sums alone differ.
     tf.config.experimental.enable_tensor_float_32_execution(False)
-    prepared = prepare(folder)
-    batches = read(prepared, steps)
+    prepared = prepare_text(folder)
+    batches = read_batches(prepared, steps)
     for policy, optimizer in kinds:
         setting = Setting(optimizer=optimizer, policy=policy, steps=steps)
         path = pathlib.Path(folder, f"one_{policy}_{optimizer}.pickle")
         size = prepared.vocabulary.size
-        run = train(strategy, setting, batches, size)
+        run = train_model(strategy, setting, batches, size)
         if strategy is None:
             path.write_bytes(pickle.dumps(run))
-            run = train(strategy, setting, batches, size)
+            run = train_model(strategy, setting, batches, size)
         one = pickle.loads(path.read_bytes())
         yield {
             "mesh": str(axes) if axes else "one device, again",

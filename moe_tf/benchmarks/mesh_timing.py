@@ -13,13 +13,13 @@ from moe_tf.benchmarks import timing
 from moe_tf.distribute import collectives
 
 
-def wait(tensors):
+def wait_for_mesh(tensors):
     """Waits until every device of this process has the last tensor."""
     for part in dtensor.unpack(tensors[-1]):
         tf.reshape(part, (-1,))[:1].numpy()
 
 
-def exchange(strategy, shape_GECD, dtype, number):
+def all_to_alls(strategy, shape_GECD, dtype, number):
     """A function that does nothing but all-to-alls, there and back.
 
     Args:
@@ -50,13 +50,13 @@ def exchange(strategy, shape_GECD, dtype, number):
     with tf.device("CPU"):
         x_GECD = tf.broadcast_to(tf.cast(host, dtype), shape)
     x_GECD = strategy.put_batch(x_GECD, whole=True)
-    found = counted(collectives.of(run, x_GECD))
+    found = count_collectives(collectives.list_collectives(run, x_GECD))
     if found.get("all-to-all", (0, 0))[0] != number:
         raise ValueError(f"Not {number} all-to-alls: {found}")
     return lambda: [run(x_GECD)]
 
 
-def link_record(strategy, shape_GECD, dtype, number, repeats):
+def time_all_to_alls(strategy, shape_GECD, dtype, number, repeats):
     """Seconds of such all-to-alls, and what crosses the links for a device.
 
     Seconds are what `number` more take within a call, so that those of the
@@ -69,10 +69,10 @@ def link_record(strategy, shape_GECD, dtype, number, repeats):
     """
     times = 8
     calls = {
-        count: exchange(strategy, shape_GECD, dtype, count)
+        count: all_to_alls(strategy, shape_GECD, dtype, count)
         for count in (number, (1 + times) * number)
     }
-    few, many = timing.medians(calls, repeats, wait=wait).values()
+    few, many = timing.medians(calls, repeats, wait=wait_for_mesh).values()
     seconds = (many - few) / times if many > few else math.nan
     size = strategy.axes["batch"]
     held = np.prod(shape_GECD, dtype="int64") // size * tf.as_dtype(dtype).size
@@ -80,7 +80,7 @@ def link_record(strategy, shape_GECD, dtype, number, repeats):
     return seconds, crossing / seconds / 1e9
 
 
-def counted(ops):
+def count_collectives(ops):
     """`{kind: (number, bytes)}` of a list of `Collective`s."""
     found = collections.defaultdict(lambda: [0, 0])
     for op in ops:
@@ -89,15 +89,15 @@ def counted(ops):
     return {kind: tuple(pair) for kind, pair in found.items()}
 
 
-def sent(ops):
+def collective_fields(ops):
     """Entries of a record: each kind of collective: how many, MiB in all."""
     return {
         kind: f"{number}, {size / 2**20:.3f} MiB"
-        for kind, (number, size) in sorted(counted(ops).items())
+        for kind, (number, size) in sorted(count_collectives(ops).items())
     }
 
 
-def peaks(device_type, number):
+def memory_fields(device_type, number):
     """Entries of a record: the most MiB that each GPU has had in use."""
     if device_type != "GPU":
         return {}
@@ -108,7 +108,7 @@ def peaks(device_type, number):
     return {"peak_MiB": ", ".join(f"{size / 2**20:.0f}" for size in found)}
 
 
-def start(policy):
+def reset_keras(policy):
     """A fresh state of Keras."""
     keras.backend.clear_session()
     keras.utils.set_random_seed(0)

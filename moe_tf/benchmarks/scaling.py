@@ -55,7 +55,7 @@ def measure(devices, tokens, experts, width, hidden, k):
     x_BTD = np.random.default_rng(0).normal(size=shape).astype("float32")
     batch = strategy.put_batch((x_BTD, x_BTD))
     found = collections.defaultdict(lambda: [0, 0])
-    for op in collectives.of(model.train_on_batch, *batch):
+    for op in collectives.list_collectives(model.train_on_batch, *batch):
         found[op.kind][0] += 1
         found[op.kind][1] += op.bytes
     seconds = []

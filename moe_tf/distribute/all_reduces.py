@@ -22,7 +22,7 @@ _IN_FLOAT32 = {
 }
 
 
-def prepare():
+def configure_environment():
     """Sets both in the environment, which DTensor reads once.
 
     To be called before its first program.
@@ -40,7 +40,7 @@ def prepare():
         )
 
 
-def check(mesh):
+def check_not_merged(mesh):
     """Runs a small program that the pass would break.
 
     Args:

@@ -1,7 +1,7 @@
 """Which processes train together, and which one is this.
 
 One mesh may span the devices of several processes, of one machine or of many.
-Every process runs the same program and finds its place by `resolve`.
+Every process runs the same program and finds its place by `resolve_cluster`.
 """
 
 import contextlib
@@ -87,7 +87,7 @@ def _is_address(address):
     return port.isascii() and port.isdigit() and 1 <= int(port) <= 65_535
 
 
-def resolve(addresses=None, process_id=None):
+def resolve_cluster(addresses=None, process_id=None):
     """The `Cluster` of this process.
 
     From the first of these that is there: the arguments; the environment
@@ -184,17 +184,17 @@ def _from_slurm():
     return cluster
 
 
-def joined():
+def joined_cluster():
     """The `Cluster` that this process has started in; else None."""
     if not accelerator_util.is_initialized():
         return None
     return Cluster(dtensor.jobs(), dtensor.client_id())
 
 
-def start(cluster, devices_per_process, device_type="CPU"):
+def start_cluster(cluster, devices_per_process, device_type="CPU"):
     """Connects the processes; before anything else uses TensorFlow.
 
-    `MeshStrategy` calls it with what `resolve` finds; others need not.
+    `MeshStrategy` calls it with what `resolve_cluster` finds; others need not.
 
     Waits until all have started, up to an hour, and meanwhile no SIGTERM ends
     the process. Afterwards `dtensor.create_distributed_mesh` makes meshes of

@@ -22,7 +22,7 @@ class Collective(typing.NamedTuple):
     dtype: str
 
 
-def of(function, *args):
+def list_collectives(function, *args):
     """The `Collective`s of all programs that are first made by a call.
 
     Args:

@@ -2,8 +2,8 @@
 
 import tensorflow as tf
 
-from moe_tf.distribute import peers
 from moe_tf.distribute import placement
+from moe_tf.distribute import process_sync
 
 _WHOLE = tf.data.experimental.AutoShardPolicy.DATA
 
@@ -68,15 +68,21 @@ class MeshIterator:
         self.look_ahead()
         (batch, placed), self._ahead = self._ahead, None
         if batch is _END:
-            peers.agree("the end of the data after {} batches", self._given)
+            process_sync.agree(
+                "the end of the data after {} batches", self._given
+            )
             raise StopIteration
         if isinstance(batch, Exception):
             raise batch
         self._given += 1
         # Not before it is asked for: who agrees to a batch takes the step.
         if self._strategy.num_processes > 1:
-            describe = peers.digest if self._whole else peers.describe
-            peers.agree("batch {}", self._given, describe(batch))
+            describe = (
+                process_sync.checksum
+                if self._whole
+                else process_sync.describe_shapes
+            )
+            process_sync.agree("batch {}", self._given, describe(batch))
         if isinstance(placed, tf.errors.OutOfRangeError):
             what = "A batch could not be placed"
             raise not_the_end(placed, what) from placed

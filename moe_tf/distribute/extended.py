@@ -12,9 +12,9 @@ from tensorflow.python.distribute.experimental import dtensor_util
 from moe_tf.distribute import all_reduces
 from moe_tf.distribute import datasets
 from moe_tf.distribute import layout_map as layout_maps
+from moe_tf.distribute import mesh_variables
 from moe_tf.distribute import placement
 from moe_tf.distribute import randomness
-from moe_tf.distribute import variables
 
 # They do no more with sparse gradients than add them to dense values.
 _ADDING = (keras.optimizers.SGD, keras.optimizers.Adam)
@@ -40,7 +40,9 @@ class ReplicaContext(dtensor_util.DTensorReplicaContext):
         if not isinstance(gradient, tf.IndexedSlices):
             return gradient
         values, indices = gradient.values, gradient.indices
-        if not all(isinstance(o, _ADDING) for o in variables.optimizers()):
+        if not all(
+            isinstance(o, _ADDING) for o in mesh_variables.active_optimizers()
+        ):
             values, indices = (
                 self.strategy.constrain(part, *(None,) * part.shape.rank)
                 for part in (values, tf.cast(indices, "int32"))
@@ -67,14 +69,14 @@ class MeshExtended(dtensor_strategy_extended.DTensorStrategyExtended):
     def __init__(self, strategy, mesh, axes, layout_map):
         super().__init__(strategy, mesh)
         self._axes = axes
-        self._layout_maps = (layout_map, layout_maps.default(axes))
+        self._layout_maps = (layout_map, layout_maps.default_layout_map(axes))
         self._reference = None
         self._weights = []
 
     def _create_variable(self, next_creator, **kwargs):
-        all_reduces.prepare()
+        all_reduces.configure_environment()
         initial_value, name = kwargs["initial_value"], kwargs.get("name")
-        path = variables.find_path(name, initial_value)
+        path = mesh_variables.find_path(name, initial_value)
         kept = ("trainable", "aggregation", "synchronization")
         kept = {key: kwargs[key] for key in kept if key in kwargs}
         with tf.init_scope():
@@ -91,22 +93,22 @@ class MeshExtended(dtensor_strategy_extended.DTensorStrategyExtended):
                 value = placement.relayout(value, layout)
             else:
                 value = placement.put(value, layout)
-            variable = variables.MeshVariable(
+            variable = mesh_variables.MeshVariable(
                 value,
                 name=name,
                 distribute_strategy=self._container_strategy(),
                 **kept,
             )
         variable.path, variable.spec, variable.rule = path, spec, rule
-        if not variables.optimizers():
+        if not mesh_variables.active_optimizers():
             self._weights.append(weakref.ref(variable))
         return variable
 
     def _find_spec(self, path, shape):
         """`(rule, spec)` of a new variable."""
-        if variables.optimizers():
+        if mesh_variables.active_optimizers():
             weights = [ref() for ref in self._weights]
-            spec = variables.slot_spec(
+            spec = mesh_variables.slot_spec(
                 path.rpartition("/")[2],
                 shape,
                 self._reference,
@@ -138,14 +140,14 @@ class MeshExtended(dtensor_strategy_extended.DTensorStrategyExtended):
         return None  # Eager code in the scope runs on the host, as ever.
 
     def call_for_each_replica(self, fn, args=(), kwargs=None):
-        all_reduces.prepare()
+        all_reduces.configure_environment()
         strategy = self._container_strategy()
         with strategy.scope(), ReplicaContext(strategy):
             if tf.executing_eagerly():
                 args, kwargs = strategy.put_batch((args, kwargs or {}))
                 with dtensor.default_mesh(self._mesh):
                     return fn(*args, **kwargs)
-            with randomness.drawn_whole(self._mesh):
+            with randomness.replicated_draws(self._mesh):
                 return fn(*args, **(kwargs or {}))
 
     def _update(self, var, fn, args, kwargs, group):

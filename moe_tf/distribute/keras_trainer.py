@@ -22,8 +22,8 @@ from tensorflow.experimental import dtensor
 from tensorflow.python.eager import context
 
 from moe_tf.distribute import datasets
-from moe_tf.distribute import peers
 from moe_tf.distribute import placement
+from moe_tf.distribute import process_sync
 
 
 def install():
@@ -145,9 +145,9 @@ def _building_from_specs(maybe_symbolic_build):
 
 def _agree_on_length(num_batches):
     if num_batches is None:
-        peers.agree("data of unknown length")
+        process_sync.agree("data of unknown length")
     else:
-        peers.agree("data of {} batches", num_batches)
+        process_sync.agree("data of {} batches", num_batches)
 
 
 def _ending_together(method):
@@ -156,9 +156,9 @@ def _ending_together(method):
     def run(self, *args, **kwargs):
         if _mesh_strategy(self) is None:
             return method(self, *args, **kwargs)
-        with peers.noticing_losses():
+        with process_sync.reporting_lost_processes():
             result = method(self, *args, **kwargs)
-        peers.agree(f"the end of `{method.__name__}`")
+        process_sync.agree(f"the end of `{method.__name__}`")
         return result
 
     return run
@@ -171,9 +171,10 @@ def _beginning_together(method):
         if _mesh_strategy(self) is None:
             return method(self, *args, **kwargs)
         if dtensor.num_clients() > 1:
-            detail = f"{method.__name__} {peers.describe((args, kwargs))}"
-            peers.agree("a method for one batch", 0, detail)
-        with peers.noticing_losses():
+            shapes = process_sync.describe_shapes((args, kwargs))
+            detail = f"{method.__name__} {shapes}"
+            process_sync.agree("a method for one batch", 0, detail)
+        with process_sync.reporting_lost_processes():
             return method(self, *args, **kwargs)
 
     return run
@@ -190,7 +191,11 @@ def _finishing_steps():
         yield
         context.async_wait()
     except (tf.errors.OutOfRangeError, StopIteration) as error:
-        lost = peers.explain(error) if hasattr(error, "op") else None
+        lost = (
+            process_sync.lost_process_error(error)
+            if hasattr(error, "op")
+            else None
+        )
         raise lost or datasets.not_the_end(error, "A step failed") from error
 
 

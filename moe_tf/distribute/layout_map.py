@@ -101,7 +101,7 @@ class LayoutMap(collections.abc.Mapping):
                     )
 
 
-def default(axes):
+def default_layout_map(axes):
     """The `LayoutMap` that shards the experts of every `SparseMoE`."""
     axis = sharding.expert_axis(axes)
     return LayoutMap({r"experts/expert_(in|out)_kernel$": (axis, None, None)})

@@ -16,7 +16,7 @@ from moe_tf.distribute import cluster as clusters
 AXES = ("batch", "expert", "model")
 
 
-def create(axes, device_type=None, devices=None):
+def create_mesh(axes, device_type=None, devices=None):
     """A mesh with the given axes.
 
     Args:
@@ -40,7 +40,7 @@ def create(axes, device_type=None, devices=None):
     """
     axes = check_axes(axes)
     _refuse_other_strategies()
-    all_reduces.prepare()
+    all_reduces.configure_environment()
     size = math.prod(axes.values())
     if devices is not None:
         device_type = _check_devices(devices, size, axes)
@@ -52,7 +52,7 @@ def create(axes, device_type=None, devices=None):
             '`device_type` must be "CPU", "GPU", "TPU" or None. '
             f"Received: device_type={device_type}"
         )
-    cluster = clusters.joined() or clusters.resolve()
+    cluster = clusters.joined_cluster() or clusters.resolve_cluster()
     if cluster.num_processes > 1:
         return _across_processes(axes, cluster, device_type, devices)
     if device_type == "CPU":
@@ -72,8 +72,8 @@ def _across_processes(axes, cluster, device_type, devices):
             f"`devices` out. Received: devices={devices}"
         )
     per_process = _devices_per_process(axes, cluster)
-    if clusters.joined() is None:
-        clusters.start(cluster, per_process, device_type)
+    if clusters.joined_cluster() is None:
+        clusters.start_cluster(cluster, per_process, device_type)
     there = dtensor.num_local_devices(device_type)
     if there != per_process:
         raise ValueError(
@@ -173,14 +173,14 @@ def _configure_cpus(count, axes):
                 f"axes={axes} take {count} CPU devices, but TensorFlow has "
                 f"started with {there}. Make the strategy before anything "
                 "else that uses TensorFlow (tensors, models, datasets), or "
-                f"take {nearest(axes, there)}."
+                f"take {nearest_axes(axes, there)}."
             ) from error
 
 
 def _start_accelerators(device_type, size, axes):
     there = len(tf.config.get_visible_devices(device_type))
     if there < size:
-        fits = nearest(axes, there) if there else "device_type='CPU'"
+        fits = nearest_axes(axes, there) if there else "device_type='CPU'"
         raise ValueError(
             f"axes={axes} take {size} {device_type} devices, but there are "
             f"{there}; {fits} would fit."
@@ -197,7 +197,7 @@ def _start_accelerators(device_type, size, axes):
         ) from error
 
 
-def nearest(axes, count):
+def nearest_axes(axes, count):
     """The largest mesh of at most `count` devices and no axis above `axes`."""
     sizes = itertools.product(
         *(range(1, min(size, count) + 1) for size in axes.values())

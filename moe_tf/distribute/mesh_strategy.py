@@ -13,82 +13,65 @@ from moe_tf.distribute import datasets
 from moe_tf.distribute import extended
 from moe_tf.distribute import keras_trainer
 from moe_tf.distribute import layout_map as layout_maps
+from moe_tf.distribute import layout_report
 from moe_tf.distribute import mesh as meshes
-from moe_tf.distribute import peers
 from moe_tf.distribute import placement
-from moe_tf.distribute import recurrence
-from moe_tf.distribute import report
+from moe_tf.distribute import process_sync
+from moe_tf.distribute import rnn_unrolling
 
 
 class MeshStrategy(tf.distribute.Strategy):
-    """Trains a Keras model on many devices, experts spread over them.
+    """Trains a Keras model on a mesh of devices, experts sharded over it.
 
-    ```python
-    strategy = moe_tf.MeshStrategy({"batch": 8})
-    with strategy.scope():
-        model = ...
-        model.compile(...)
-    model.fit(data)
-    ```
+    Gives the losses, weights and metrics of one device, up to rounding: all
+    tensors are global, and there is one replica. On four devices with 8
+    experts:
 
-    Training gives what one device gives, to rounding. Tensors are global:
-    losses, `add_loss`, metrics and gradients are over the whole batch, and
-    there is one replica.
+        MeshStrategy({"batch": 4})           {"batch": 2, "expert": 2}
+
+        device   examples   experts          device   examples   experts
+           0     1st 1/4    0 1                 0     1st half   0 1 2 3
+           1     2nd 1/4    2 3                 1     1st half   4 5 6 7
+           2     3rd 1/4    4 5                 2     2nd half   0 1 2 3
+           3     4th 1/4    6 7                 3     2nd half   4 5 6 7
+
+    Every other variable is replicated. `docs/mesh.md` shows what is sent,
+    lists what is refused, and covers several processes.
 
     Args:
-        axes: dict from name to size, in the order of the devices. `batch`
-            carries the examples. Experts are sharded over `expert` if it is
-            there, else over `batch` (the paper's scheme: each device has its
-            part of the examples and of the experts). With `expert`, all
-            devices along it repeat the work of every other layer. `model` is
-            for layouts of your own.
-        layout_map: `LayoutMap`, or a dict for one: layouts of variables by
-            path, before the default, which shards the experts of every
-            `SparseMoE`. Other variables are replicated. Variables of the
-            optimizer have the layout of their weight.
+        axes: dict from axis name to size, in the order of the devices, the
+            last axis fastest. `batch` shards the examples. Experts are sharded
+            over `expert` if there is such an axis, else over `batch` (the
+            paper's section 3.1). Devices that differ along `expert` alone
+            repeat the work of all other layers. `model` is free for layouts
+            of your own.
+        layout_map: `LayoutMap`, or a dict for one, with layouts of variables
+            by path. Its keys come before the default, which shards the
+            experts of every `SparseMoE`. An optimizer's variables have the
+            layout of their weight.
         device_type: `"CPU"`, `"GPU"` or `"TPU"`. Defaults to the accelerators
-            of the machine, or CPUs without any. CPUs are virtual devices.
+            of the machine, or to virtual devices of the CPU without any.
         devices: names such as `"GPU:1"`, one for each place of the mesh.
             Defaults to the first ones.
 
-    A sharded variable is initialised on the host, one variable at a time, with
-    the values that one device would get, and each device receives its shard:
-    none ever holds the whole.
-
-    Random numbers, dropout's too, are those of one device: each device draws
-    the whole tensor and keeps its shard. So is the order of the data: building
-    the model takes no batch from it, as it does in other strategies.
-
-    `fit` and `evaluate` draw and place the next batch while devices work on
-    one, before that one's callbacks: a batch more than they use may be drawn.
-
-    A batch that the axis `batch` does not divide (the last, without
-    `drop_remainder`) is computed whole by every device. That is exact for
-    losses, metrics and predictions, which padding is not, and takes as much
-    memory as on one device; a warning says so.
-
-    Keras's recurrent layers are unrolled, whatever their `unroll` says: a
-    program of 69 steps takes 15 s to make.
-
-    **Several processes.** Started by `moe-tf-launch`, with `TF_CONFIG` or by
-    SLURM (`cluster.resolve`), or after `cluster.start`, all run one program,
-    and the mesh has the devices of all, in the order of the processes. Each
-    reads its own part of every batch, in the same order; `input_context`
-    says which. Data that all read whole, and equal, are marked by
-    `shard_batches`; arrays given to `fit`, `evaluate` and `predict` are such
-    data. `train_on_batch` and its like take the own part (`own_rows`).
-
-    All processes must do the same: call `fit`, `fetch` and `predict`, which
-    gives all rows to each, with as many batches. Where they do not, and where
-    one of them dies or stops answering, the others raise `RuntimeError`; they
-    neither wait for ever nor go on. A process that dies is noticed within
-    seconds, one that is frozen within half a minute.
-
     Raises:
-        ValueError: an argument is not as above; there are too few devices.
+        ValueError: an argument is not as above, or there are too few devices.
         RuntimeError: another strategy is in use, TensorFlow has started with
             too few devices, DTensor would merge all-reduces (see
             `all_reduces`), or processes have different axes or layouts.
+
+    Example:
+
+    >>> strategy = moe_tf.MeshStrategy({"batch": 1}, device_type="CPU")
+    >>> with strategy.scope():
+    ...     layer = moe_tf.SparseMoE(4, 8, k=2, num_groups=1)
+    ...     model = keras.Sequential([keras.Input((6,)), layer])
+    ...     model.compile("sgd", "mse", jit_compile=False)
+    >>> x = np.ones((8, 6), "float32")
+    >>> history = model.fit(x, x, verbose=0)
+    >>> [row.layout for row in strategy.summary(model)
+    ...  if row.path.endswith("expert_in_kernel")]
+    [('batch', None, None)]
     """
 
     def __init__(
@@ -98,19 +81,19 @@ class MeshStrategy(tf.distribute.Strategy):
         layout_map = layout_maps.LayoutMap(layout_map)
         layout_map.check_axes(self.axes)
         self.layout_map = layout_map
-        self.mesh = meshes.create(self.axes, device_type, devices)
-        peers.agree("a mesh", 0, f"axes={self.axes}, {dict(layout_map)}")
+        self.mesh = meshes.create_mesh(self.axes, device_type, devices)
+        process_sync.agree("a mesh", 0, f"axes={self.axes}, {dict(layout_map)}")
         self.input_context = tf.distribute.InputContext(
             *placement.own_part(self.axes, self.num_processes, self.process_id)
         )
-        all_reduces.check(self.mesh)
+        all_reduces.check_not_merged(self.mesh)
         super().__init__(
             extended.MeshExtended(self, self.mesh, self.axes, layout_map)
         )
         self._checked = weakref.WeakSet()
         self._told = False
         keras_trainer.install()
-        recurrence.install()
+        rnn_unrolling.install()
 
     @property
     def num_processes(self):
@@ -146,9 +129,9 @@ class MeshStrategy(tf.distribute.Strategy):
             model: built Keras model, made in the scope.
 
         Returns:
-            list of `report.Row`; `str` of one is a line of text.
+            list of `VariableLayout`, of which `str` gives a line of text.
         """
-        return report.rows(model, self.axes)
+        return layout_report.variable_layouts(model, self.axes)
 
     def check(self, model):
         """Makes sure that `model` is laid out as the layout map asks.
@@ -167,7 +150,7 @@ class MeshStrategy(tf.distribute.Strategy):
             Rules that name no variable, large variables that no rule names,
             and axes that no variable is sharded over.
         """
-        report.check(model, self)
+        layout_report.check_layouts(model, self)
 
     def check_once(self, model):
         """`check`, if `model` has not been checked."""

@@ -8,7 +8,7 @@ from moe_tf.distribute import placement
 
 
 @contextlib.contextmanager
-def drawn_whole(mesh):
+def replicated_draws(mesh):
     """Makes random numbers of functions traced here independent of the mesh.
 
     Left to itself DTensor lays random ops out as what they are added to, and

@@ -29,7 +29,9 @@ def kernels(shapes, mixtures, width, axes):
     Returns:
         list of `(shape, layout)`; a layout is a tuple of axes and None.
     """
-    expert = layout_map.default(axes).match("experts/expert_in_kernel")[1]
+    expert = layout_map.default_layout_map(axes).match(
+        "experts/expert_in_kernel"
+    )[1]
     found = []
     for shape in shapes:
         is_expert = any(

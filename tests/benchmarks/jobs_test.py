@@ -17,7 +17,7 @@ def count(number, then):
 def run(folder, then, seconds=60):
     told = []
     job = jobs.Job("counts", f"{__name__}:count", {"number": 2, "then": then})
-    records, error = jobs.run(job, folder, seconds, told.append)
+    records, error = jobs.run_job(job, folder, seconds, told.append)
     assert records == [{"index": 0, "share": 0.0}, {"index": 1, "share": 1 / 3}]
     assert told[:2] == ["index 0; share 0", "index 1; share 0.3333"]
     return error, told[2:]

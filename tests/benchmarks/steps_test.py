@@ -3,20 +3,20 @@ import pytest
 import tensorflow as tf
 
 from moe_tf import layers
+from moe_tf.benchmarks import layer_kinds
 from moe_tf.benchmarks import steps
-from moe_tf.benchmarks import ways
 from moe_tf.dispatch import capacity
 
-SETTING = ways.Setting(tokens=20, width=6, hidden=10, k=2)
+SETTING = layer_kinds.Setting(tokens=20, width=6, hidden=10, k=2)
 NUM_EXPERTS = 5
 # Forward, and the gradients of what is multiplied; 2 a multiply-add.
 GATE = 3 * 2 * SETTING.tokens * SETTING.width * NUM_EXPERTS
 
 
 def step(way, **changes):
-    setting = ways.Setting(**{**vars(SETTING), **changes})
-    row = ways.Row(way, None if way == "dense" else NUM_EXPERTS)
-    return ways.train_step(row, setting)
+    setting = layer_kinds.Setting(**{**vars(SETTING), **changes})
+    row = layer_kinds.Row(way, None if way == "dense" else NUM_EXPERTS)
+    return layer_kinds.train_step(row, setting)
 
 
 def test_useful_operations_are_those_of_the_rows_times_the_matrices():

@@ -46,7 +46,7 @@ STEP = {
 
 
 def test_alone_when_nothing_says_otherwise():
-    alone = clusters.resolve()
+    alone = clusters.resolve_cluster()
     assert alone == clusters.Cluster()
     assert (alone.num_processes, alone.process_id) == (1, 0)
     assert alone.is_first
@@ -54,7 +54,7 @@ def test_alone_when_nothing_says_otherwise():
 
 def test_arguments_come_first(monkeypatch):
     set_tf_config(monkeypatch, {"worker": ["c:3"]})
-    cluster = clusters.resolve(["a:1", "[::1]:65535"], 1)
+    cluster = clusters.resolve_cluster(["a:1", "[::1]:65535"], 1)
     assert cluster.addresses == ("a:1", "[::1]:65535")
     assert (cluster.num_processes, cluster.process_id) == (2, 1)
     assert not cluster.is_first
@@ -73,15 +73,15 @@ def test_arguments_come_first(monkeypatch):
 def test_tf_config(jobs, role, index, addresses, process_id, monkeypatch):
     set_tf_config(monkeypatch, jobs, role, index)
     set_slurm(monkeypatch, **STEP)
-    assert clusters.resolve() == clusters.Cluster(addresses, process_id)
+    assert clusters.resolve_cluster() == clusters.Cluster(addresses, process_id)
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"task": {"type": "worker"}}'])
 def test_tf_config_without_a_cluster_is_none(text, monkeypatch):
     monkeypatch.setenv("TF_CONFIG", text)
-    assert clusters.resolve() == clusters.Cluster()
+    assert clusters.resolve_cluster() == clusters.Cluster()
     set_slurm(monkeypatch, **STEP)
-    assert clusters.resolve().num_processes == 5
+    assert clusters.resolve_cluster().num_processes == 5
 
 
 @pytest.mark.parametrize(
@@ -105,36 +105,36 @@ def test_tf_config_without_a_cluster_is_none(text, monkeypatch):
 def test_refuses_a_tf_config(jobs, role, index, message, monkeypatch):
     set_tf_config(monkeypatch, jobs, role, index)
     with pytest.raises(ValueError, match=re.escape(message)):
-        clusters.resolve()
+        clusters.resolve_cluster()
 
 
 @pytest.mark.parametrize("text", ["{", "3", '{"cluster": {"worker": ["a:1"]}}'])
 def test_refuses_what_is_no_tf_config(text, monkeypatch):
     monkeypatch.setenv("TF_CONFIG", text)
     with pytest.raises(ValueError, match="TF_CONFIG"):
-        clusters.resolve()
+        clusters.resolve_cluster()
 
 
 def test_slurm_counts_machines_in_its_own_order(monkeypatch):
     """As text n10 comes before n2."""
     set_slurm(monkeypatch, **STEP)
-    assert clusters.resolve() == clusters.Cluster(
+    assert clusters.resolve_cluster() == clusters.Cluster(
         ["n2:8888", "n2:8889", "n2:8890", "n10:8888", "n10:8889"], 3
     )
 
 
 def test_slurm_step_of_one_task_or_none_is_alone(monkeypatch):
     set_slurm(monkeypatch, **{**STEP, "SLURM_STEP_NUM_TASKS": 1})
-    assert clusters.resolve() == clusters.Cluster()
+    assert clusters.resolve_cluster() == clusters.Cluster()
     set_slurm(monkeypatch, **STEP)
     monkeypatch.delenv("SLURM_STEP_NODELIST")
-    assert clusters.resolve() == clusters.Cluster()
+    assert clusters.resolve_cluster() == clusters.Cluster()
 
 
 def test_refuses_slurm_tasks_dealt_out_in_turn(monkeypatch):
     set_slurm(monkeypatch, **{**STEP, "SLURMD_NODENAME": "n2"})
     with pytest.raises(ValueError, match="task 3 must run on n10: .*block"):
-        clusters.resolve()
+        clusters.resolve_cluster()
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_refuses_slurm_tasks_dealt_out_in_turn(monkeypatch):
 )
 def test_refuses_arguments(addresses, process_id, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        clusters.resolve(addresses, process_id)
+        clusters.resolve_cluster(addresses, process_id)
 
 
 STEPS = """
@@ -167,8 +167,8 @@ import tensorflow as tf
 from tensorflow.experimental import dtensor
 from moe_tf.distribute import cluster as clusters
 
-cluster = clusters.resolve()
-clusters.start(cluster, 2)
+cluster = clusters.resolve_cluster()
+clusters.start_cluster(cluster, 2)
 mesh = dtensor.create_distributed_mesh(
     [("batch", 2), ("expert", 2)], device_type="CPU"
 )
@@ -219,7 +219,7 @@ def start_in_many_ways():
 
     def start(name, devices, device_type="CPU"):
         try:
-            clusters.start(alone, devices, device_type)
+            clusters.start_cluster(alone, devices, device_type)
         except (ValueError, RuntimeError) as error:
             found[name] = f"{type(error).__name__}: {error}"
 
@@ -227,11 +227,11 @@ def start_in_many_ways():
     os.environ["DTENSOR_JOBS"] = "a:1,b:2"
     start("environment", 3)
     del os.environ["DTENSOR_JOBS"]
-    assert clusters.joined() is None
+    assert clusters.joined_cluster() is None
     start("first", 3)
     start("equal", 3)
     start("other", 4)
-    assert clusters.joined() == alone
+    assert clusters.joined_cluster() == alone
     return found, len(tf.config.list_logical_devices("CPU"))
 
 
@@ -254,7 +254,7 @@ def test_starts_once():
 )
 def test_refuses_to_start(devices, device_type, message):
     with pytest.raises(ValueError, match=message):
-        clusters.start(clusters.Cluster(), devices, device_type)
+        clusters.start_cluster(clusters.Cluster(), devices, device_type)
 
 
 @pytest.mark.parametrize("before,after", [(None, "true"), ("false", "false")])

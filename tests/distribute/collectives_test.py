@@ -30,7 +30,7 @@ def steps():
                     metrics=["accuracy"],
                 )
             tokens = np.zeros((8, length), "int32")
-            found[optimizer, length] = collectives.of(
+            found[optimizer, length] = collectives.list_collectives(
                 model.train_on_batch, tokens, tokens
             )
     return found
@@ -55,7 +55,7 @@ def kinds_in_16_bits():
         model.add(layers.SparseMoE(4, 12, 2, num_groups=4))
         model.compile("sgd", "mse", jit_compile=False)
     x_BLD = np.random.default_rng(0).normal(size=(8, 5, 8)).astype("float32")
-    for op in collectives.of(model.train_on_batch, x_BLD, x_BLD):
+    for op in collectives.list_collectives(model.train_on_batch, x_BLD, x_BLD):
         found.setdefault(op.kind, set()).add(op.dtype)
     return found
 

@@ -191,8 +191,8 @@ MERGE = "DTENSOR_ENABLE_COMBINE_ALL_REDUCES_OPTIMIZATION"
 
 
 def train_with_merged_all_reduces():
-    all_reduces.prepare = lambda: None
-    all_reduces.check = lambda mesh: None
+    all_reduces.configure_environment = lambda: None
+    all_reduces.check_not_merged = lambda mesh: None
     return list(train_on({TWO_AXES: ("adam",)}, ()).values())
 
 
@@ -211,7 +211,7 @@ def test_the_environment_may_not_merge(monkeypatch):
 
 
 def use_dtensor_before():
-    all_reduces.prepare = lambda: None
+    all_reduces.configure_environment = lambda: None
     first = MeshStrategy({"batch": 1, "expert": 1}, devices=["CPU:3"])
     os.environ.pop(MERGE, None)
     first.run(tf.function(lambda x: x + 1.0), args=(np.ones(2),))

@@ -53,9 +53,11 @@ def train(meshes):
         for wanted in meshes[axes]:
             setting = mesh_text.Setting(*wanted)
             if wanted not in alone:
-                alone[wanted] = mesh_text.train(None, setting, batches, size)
+                alone[wanted] = mesh_text.train_model(
+                    None, setting, batches, size
+                )
             one = alone[wanted]
-            got = mesh_text.train(strategy, setting, batches, size)
+            got = mesh_text.train_model(strategy, setting, batches, size)
             apart = mesh_text.differences(one, got)
             found[axes, wanted] = apart, one.dropped, one.losses
     return found
@@ -64,8 +66,8 @@ def train(meshes):
 def read():
     """Twenty batches, and the size of the vocabulary."""
     with tempfile.TemporaryDirectory() as folder:
-        prepared = mesh_text.prepare(folder)
-        return mesh_text.read(prepared, 20), prepared.vocabulary.size
+        prepared = mesh_text.prepare_text(folder)
+        return mesh_text.read_batches(prepared, 20), prepared.vocabulary.size
 
 
 def check(found):
@@ -100,8 +102,8 @@ def test_every_optimizer_and_router_equals_one_device(axes):
 
 
 def train_with_merged_all_reduces(wanted):
-    all_reduces.prepare = lambda: None
-    all_reduces.check = lambda mesh: None
+    all_reduces.configure_environment = lambda: None
+    all_reduces.check_not_merged = lambda mesh: None
     return train({SQUARE: (wanted,)})
 
 
@@ -149,7 +151,10 @@ def train_rounded(wanted):
     batches, size = read()
     setting = mesh_text.Setting(*wanted)
     train_on = functools.partial(
-        mesh_text.train, setting=setting, batches=batches, vocabulary_size=size
+        mesh_text.train_model,
+        setting=setting,
+        batches=batches,
+        vocabulary_size=size,
     )
     one = train_on(None)
     with mock.patch.object(bidirectional, "run", run_loop):

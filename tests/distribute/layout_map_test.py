@@ -51,7 +51,7 @@ def test_layouts_are_refused(layouts, message):
     [({"batch": 2}, "batch"), ({"batch": 2, "expert": 2}, "expert")],
 )
 def test_default(axes, axis):
-    layouts = layout_maps.default(axes)
+    layouts = layout_maps.default_layout_map(axes)
     for path in ("moe/experts/expert_in_kernel", "experts/expert_out_kernel"):
         assert layouts.match(path)[1] == (axis, None, None)
     assert layouts.match("moe/router/expert_in_kernel") is None

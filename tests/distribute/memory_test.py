@@ -38,7 +38,7 @@ def measured():
     with strategy.scope():
         model.optimizer.build(model.trainable_variables)
     grown["slots"] = memory.high_water() - start
-    sent = collectives.of(
+    sent = collectives.list_collectives(
         lambda: [model.train_on_batch(x_TD, x_TD) for _ in range(STEPS)]
     )
     grown["steps"] = memory.high_water() - start

@@ -62,7 +62,7 @@ def test_too_few_accelerators():
     ],
 )
 def test_nearest(axes, count, expected):
-    assert meshes.nearest(axes, count) == expected
+    assert meshes.nearest_axes(axes, count) == expected
 
 
 def test_not_inside_another_strategy():
@@ -97,7 +97,7 @@ def start_first():
     tf.constant(1.0) + 1.0
     calls = {
         "one": lambda: MeshStrategy({"batch": 4}),
-        "several": lambda: cluster.start(cluster.Cluster(), 2),
+        "several": lambda: cluster.start_cluster(cluster.Cluster(), 2),
     }
     found = {}
     for name, call in calls.items():

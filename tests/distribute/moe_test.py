@@ -146,7 +146,7 @@ def exchanged(axes, names):
                 model.add(layer)
                 model.compile("sgd", "mse", jit_compile=False)
             x_BLD = np.random.default_rng(0).normal(size=(8, length, 8))
-            found[name, length] = collectives.of(
+            found[name, length] = collectives.list_collectives(
                 model.train_on_batch, x_BLD.astype("float32"), x_BLD
             )
     return found

@@ -13,8 +13,8 @@ from tensorflow.experimental import dtensor
 
 from moe_tf import sharding
 from moe_tf.distribute import MeshStrategy
+from moe_tf.distribute import mesh_variables
 from moe_tf.distribute import placement
-from moe_tf.distribute import variables
 from tests import process
 from tests.distribute import equality_test
 from tests.distribute import models
@@ -144,7 +144,7 @@ def mislaid():
     model, other = make(strategy), make(strategy)
     kernel, new = (m.get_layer("moe").experts.in_EDF for m in (model, other))
     layout = placement.layout(strategy.mesh, (None, None, None))
-    wrong = variables.MeshVariable(placement.put(kernel.numpy(), layout))
+    wrong = mesh_variables.MeshVariable(placement.put(kernel.numpy(), layout))
     for name in ("path", "spec", "rule"):
         setattr(wrong, name, getattr(kernel.value, name))
     kernel._value = wrong  # No assignment changes a layout.

@@ -37,20 +37,20 @@ def train(axes, all_wanted, folder):
 def run(strategy, wanted, folder):
     setting = mesh_text.Setting(*wanted)
     batches, size = read(setting.steps, folder)
-    return mesh_text.train(strategy, setting, batches, size)
+    return mesh_text.train_model(strategy, setting, batches, size)
 
 
 @functools.cache
 def read(steps, folder):
-    prepared = mesh_text.prepare(folder)
-    return mesh_text.read(prepared, steps), prepared.vocabulary.size
+    prepared = mesh_text.prepare_text(folder)
+    return mesh_text.read_batches(prepared, steps), prepared.vocabulary.size
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where the text is counted once, for all processes."""
     path = str(tmp_path_factory.mktemp("text"))
-    mesh_text.prepare(path)
+    mesh_text.prepare_text(path)
     return path
 
 

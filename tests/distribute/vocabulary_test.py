@@ -32,12 +32,12 @@ def train(mesh, optimizers):
     # Of a table that is not sharded, since its path is another.
     warnings.filterwarnings("error", "No variable of the model")
     with tempfile.TemporaryDirectory() as folder:
-        prepared = mesh_text.prepare(folder)
-        batches = mesh_text.read(prepared, STEPS)
+        prepared = mesh_text.prepare_text(folder)
+        batches = mesh_text.read_batches(prepared, STEPS)
     for name in optimizers:
         setting = mesh_text.Setting(optimizer=name, steps=STEPS)
         run = functools.partial(
-            mesh_text.train,
+            mesh_text.train_model,
             setting=setting,
             batches=batches,
             vocabulary_size=prepared.vocabulary.size,

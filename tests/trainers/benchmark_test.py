@@ -6,14 +6,14 @@ import sys
 import pytest
 from absl import flags
 
-from moe_tf.benchmarks import ways
+from moe_tf.benchmarks import layer_kinds
 from tests import process
 
 SMALL = (
     "--tokens=32", "--width=8", "--hidden=16", "--k=2", "--repeats=3",
     "--ceiling=64", "--traffic_mib=1",
 )  # fmt: skip
-USEFUL = ways.Setting(tokens=32, width=8, hidden=16, k=2).useful_flops
+USEFUL = layer_kinds.Setting(tokens=32, width=8, hidden=16, k=2).useful_flops
 GATE = 3 * 2 * 32 * 8  # for each expert
 HALF_MS, HALF_RATIO, HALF_RATE = 0.0005, 0.005, 0.5  # of the last digit
 
@@ -29,15 +29,15 @@ def printed(*flags):
     code, told, error = run(*SMALL, *flags)
     assert code == 0, error
     *setting, header, ceiling, dense = told.splitlines()[:5]
-    assert header.split()[-9:] == [
-        "ms", "ratio", "tokens/s", "GFLOP", "TFLOP/s", "ceiling", "dropped",
-        "peak", "MiB",
+    assert header.split()[-10:] == [
+        "ms", "time/dense", "rate/dense", "tokens/s", "GFLOP",
+        "TFLOP/s", "ceiling", "dropped", "peak", "MiB",
     ]  # fmt: skip
     assert ceiling.startswith("product of 64 x 64")
     assert dense.startswith("dense, 64 rows")
     rows = {("dense", "-"): dense.split()[4:]}
     rest = told.splitlines()[5:]
-    while rest and len(rest[0].split()) == 10:
+    while rest and len(rest[0].split()) == 11:
         way, number, *cells = rest.pop(0).split()
         rows[way, number] = cells
     return setting, rows, rest
@@ -46,8 +46,10 @@ def printed(*flags):
 def assert_consistent(rows):
     """Of what was divided, more digits were known than are printed."""
     dense = float(rows["dense", "-"][0])
-    for milliseconds, ratio, rate, *_ in rows.values():
-        taken, ratio, rate = map(float, (milliseconds, ratio, rate))
+    for cells in rows.values():
+        taken, ratio, inverse, rate = map(float, cells[:4])
+        assert (inverse - HALF_RATIO) * (taken - HALF_MS) <= dense + HALF_MS
+        assert (inverse + HALF_RATIO) * (taken + HALF_MS) >= dense - HALF_MS
         assert (ratio - HALF_RATIO) * (dense - HALF_MS) <= taken + HALF_MS
         assert (ratio + HALF_RATIO) * (dense + HALF_MS) >= taken - HALF_MS
         assert (rate - HALF_RATE) * (taken - HALF_MS) / 1e3 <= 32
@@ -56,7 +58,7 @@ def assert_consistent(rows):
 
 def test_prints_every_row_and_what_it_costs():
     setting, rows, rest = printed(
-        "--experts=2,4", "--ways=all_experts,grouped,capacity:0.5"
+        "--experts=2,4", "--layers=all_experts,grouped,capacity:0.5"
     )
     assert "float32, jit_compile=False" in setting[0]
     assert setting[1].startswith(
@@ -69,7 +71,7 @@ def test_prints_every_row_and_what_it_costs():
     ]
     assert rows["dense", "-"][1] == "1.00"
     assert_consistent(rows)
-    gigaflops = {row: float(cells[3]) for row, cells in rows.items()}
+    gigaflops = {row: float(cells[4]) for row, cells in rows.items()}
     flops = {row: 1e9 * value for row, value in gigaflops.items()}
     assert flops["dense", "-"] == pytest.approx(USEFUL, rel=1e-5)
     for number in (2, 4):
@@ -81,11 +83,11 @@ def test_prints_every_row_and_what_it_costs():
         ):
             got = flops[way, str(number)]
             assert got == pytest.approx(want, rel=1e-5)
-        dropped = {way: rows[way, str(number)][6] for way in names}
+        dropped = {way: rows[way, str(number)][7] for way in names}
         assert dropped["all_experts"] == "-"
         assert dropped["grouped"] == "0.00%"
         assert float(dropped["capacity:0.5"][:-1]) >= 50
-    assert all(cells[7] == "-" for cells in rows.values())
+    assert all(cells[8] == "-" for cells in rows.values())
     assert [line.split(":")[0] for line in rest] == [
         "grouped, 2 experts", "capacity", "grouped, 4 experts", "capacity",
         "memory", "2 experts", "4 experts",
@@ -95,7 +97,7 @@ def test_prints_every_row_and_what_it_costs():
 @pytest.mark.slow
 def test_compiled_by_xla_in_bfloat16():
     setting, rows, rest = printed(
-        "--experts=2", "--ways=grouped,capacity:1.0", "--jit_compile",
+        "--experts=2", "--layers=grouped,capacity:1.0", "--jit_compile",
         "--dtype_policy=mixed_bfloat16", "--calls=2", "--activation=silu",
         "--gating=softmax_top_k",
     )  # fmt: skip
@@ -112,16 +114,16 @@ def test_compiled_by_xla_in_bfloat16():
 
 @pytest.mark.slow
 def test_memory_is_measured_when_asked():
-    _, rows, _ = printed("--experts=2", "--ways=grouped", "--memory")
+    _, rows, _ = printed("--experts=2", "--layers=grouped", "--memory")
     assert list(rows) == [("dense", "-"), ("grouped", "2")]
-    assert all(int(cells[7]) > 0 for cells in rows.values())
+    assert all(int(cells[8]) > 0 for cells in rows.values())
 
 
 @pytest.mark.slow
 def test_all_experts_are_skipped_with_a_reason_where_they_are_too_large():
     # Hidden and output of 32 tokens x 8 experts, twice: 48 KiB.
     _, rows, rest = printed(
-        "--experts=8", "--ways=grouped,all_experts", "--all_experts_gib=4e-5"
+        "--experts=8", "--layers=grouped,all_experts", "--all_experts_gib=4e-5"
     )
     assert list(rows) == [("dense", "-"), ("grouped", "8")]
     assert rest[0] == (
@@ -152,11 +154,11 @@ REFUSED = {
     "--experts=8,8": "there must be one, and none twice",
     "--experts=8,some": "whole numbers of at least 1",
     "--experts=0": "whole numbers of at least 1",
-    "--ways=": "there must be one, and none twice",
-    "--ways=dense": "dense is always there",
-    "--ways=sparse": "`ways` are dense, all_experts, grouped",
-    "--ways=capacity:-1": "`capacity_factor` must be finite and above 0",
-    "--ways=capacity:1,capacity:1.0": "there must be one, and none twice",
+    "--layers=": "there must be one, and none twice",
+    "--layers=dense": "dense is always there",
+    "--layers=sparse": "`layers` are dense, all_experts, grouped",
+    "--layers=capacity:-1": "`capacity_factor` must be finite and above 0",
+    "--layers=capacity:1,capacity:1.0": "there must be one, and none twice",
     "--tokens=0": "--tokens=0",
     "--k=0": "--k=0",
     "--calls=0": "--calls=0",
@@ -189,10 +191,10 @@ def test_bad_flags_are_refused_by_name():
         assert want in got, flag
 
 
-def test_groups_that_do_not_divide_are_refused_before_any_row():
+def test_branches_that_do_not_divide_are_refused_before_any_row():
     code, told, error = run(
-        *SMALL, "--k=4", "--experts=64,8", "--ways=groups:16"
+        *SMALL, "--k=4", "--experts=64,8", "--layers=two_level:16"
     )
     assert code != 0
-    assert "groups=16, num_experts=8" in error
+    assert "branches=16, num_experts=8" in error
     assert not told

@@ -220,7 +220,9 @@ def what_a_step_sends(workdir):
         scorer = task.build(prepared)
         inputs, targets, weights = next(iter(task.batches(prepared, "train")))
         assert targets.shape == (32, 8)  # as many words as may be in a batch
-        ops = collectives.of(scorer.train_on_batch, inputs, targets, weights)
+        ops = collectives.list_collectives(
+            scorer.train_on_batch, inputs, targets, weights
+        )
         axes, variant = meshes.axes(config), task.variant()
         told = communication.sent_for_gradients(variant, config, axes) + sum(
             communication.sent_for_tokens(

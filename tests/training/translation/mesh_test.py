@@ -78,7 +78,7 @@ def train(names, data, workdir, on_mesh):
             steps_per_epoch=3,
             verbose=0,
         )
-        ops = collectives.of(fit)
+        ops = collectives.list_collectives(fit)
         test = scorer.evaluate(
             task.batches(prepared, "test"),
             steps=task.num_batches(prepared, "test"),

@@ -8,8 +8,8 @@ from keras.src.backend.common.name_scope import current_path
 from tensorflow.experimental import dtensor
 
 from moe_tf import sharding
-from moe_tf.distribute import peers
 from moe_tf.distribute import placement
+from moe_tf.distribute import process_sync
 
 
 class MeshVariable(dtensor.DVariable):
@@ -37,7 +37,7 @@ class MeshVariable(dtensor.DVariable):
 
     def numpy(self):
         if any(self.spec):
-            peers.agree("reading a sharded variable", 0, self.path)
+            process_sync.agree("reading a sharded variable", 0, self.path)
         return placement.get(self.read_value())
 
     def __array__(self, dtype=None, copy=None):
@@ -99,7 +99,7 @@ def find_path(name, initial_value):
     return "/".join(part for part in (current_path(), name) if part)
 
 
-def optimizers():
+def active_optimizers():
     """The Keras optimizers at work, outermost first."""
     scopes = global_state.get_global_attribute("name_scope_stack") or ()
     kind = keras.optimizers.Optimizer

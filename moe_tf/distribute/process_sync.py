@@ -58,7 +58,7 @@ def agree(action, number=0, detail=""):
     if dtensor.num_clients() == 1:
         return
     crc = zlib.crc32(detail.encode() if isinstance(detail, str) else detail)
-    with noticing_losses():
+    with reporting_lost_processes():
         table = _exchange([ACTIONS.index(action), number, crc])
     if (table == table[0]).all():
         return
@@ -104,7 +104,7 @@ def _exchange(row):
     return _exchanger()(row)
 
 
-def describe(batch):
+def describe_shapes(batch):
     """The shapes and dtypes of a nest of tensors, as text."""
     return ", ".join(
         f"{tuple(part.shape)} {part.dtype.name}"
@@ -113,26 +113,26 @@ def describe(batch):
     )
 
 
-def digest(batch):
+def checksum(batch):
     """Bytes that differ where the values of a nest of tensors do."""
     parts = [part for part in tf.nest.flatten(batch) if hasattr(part, "shape")]
     sums = [zlib.crc32(np.ascontiguousarray(part)) for part in parts]
-    return f"{describe(batch)}, values with checksums {sums}"
+    return f"{describe_shapes(batch)}, values with checksums {sums}"
 
 
 @contextlib.contextmanager
-def noticing_losses():
+def reporting_lost_processes():
     """Names the processes whose loss is the reason of an error."""
     try:
         yield
     except tf.errors.OpError as error:
-        explained = explain(error)
+        explained = lost_process_error(error)
         if explained is None:
             raise
         raise explained from error
 
 
-def explain(error):
+def lost_process_error(error):
     """A `RuntimeError` that says which process is lost, or None.
 
     Args:

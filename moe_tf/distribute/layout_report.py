@@ -6,12 +6,12 @@ import warnings
 
 from tensorflow.experimental import dtensor
 
-from moe_tf.distribute import variables
+from moe_tf.distribute import mesh_variables
 
 LARGE = 64 * 2**20
 
 
-class Row(typing.NamedTuple):
+class VariableLayout(typing.NamedTuple):
     """A variable on a mesh."""
 
     path: str
@@ -29,12 +29,12 @@ class Row(typing.NamedTuple):
         )
 
 
-def rows(model, axes):
-    """`Row`s of the variables of `model` and its optimizer."""
+def variable_layouts(model, axes):
+    """`VariableLayout`s of the variables of `model` and its optimizer."""
     return [_row(variable, axes) for variable in _variables(model)]
 
 
-def check(model, strategy):
+def check_layouts(model, strategy):
     """See `MeshStrategy.check`."""
     axes, used = strategy.axes, {"batch"}
     large = []
@@ -88,7 +88,7 @@ def _variables(model):
     found = {}
     for variable in [*model.variables, *getattr(optimizer, "variables", ())]:
         value = variable.value
-        if not isinstance(value, variables.MeshVariable):
+        if not isinstance(value, mesh_variables.MeshVariable):
             raise ValueError(
                 f"The variable {variable.path} was made outside of the "
                 "strategy's scope. Make and compile the model inside "
@@ -107,7 +107,7 @@ def _layout(tensor):
 def _row(variable, axes):
     size = math.prod(variable.shape) * variable.dtype.size
     shards = math.prod(axes[axis] for axis in variable.spec if axis)
-    return Row(
+    return VariableLayout(
         variable.path,
         tuple(variable.shape),
         variable.dtype.name,

@@ -1,7 +1,8 @@
-"""The layers that the benchmark compares, one name each."""
+"""Kinds of layers that the benchmark compares, by name."""
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 import keras
 import tensorflow as tf
@@ -12,12 +13,12 @@ from moe_tf import layers
 from moe_tf.benchmarks import steps
 
 _PLAIN = ("dense", "all_experts", "grouped")
-NAMES = (*_PLAIN, "capacity:FACTOR", "groups:NUMBER")
+NAMES = (*_PLAIN, "capacity:FACTOR", "two_level:BRANCHES")
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What all rows of one table share."""
+    """Sizes and options common to all rows of one table."""
 
     tokens: int  # T
     width: int  # D
@@ -29,18 +30,18 @@ class Setting:
     activation: str = "relu"
 
     @property
-    def compute_dtype(self):
+    def compute_dtype(self) -> str:
         return keras.dtype_policies.get(self.dtype_policy).compute_dtype
 
     @property
-    def weight_bytes(self):
-        """Bytes of a weight, and of its gradient."""
+    def weight_bytes(self) -> int:
+        """Bytes of one weight, and of its gradient."""
         policy = keras.dtype_policies.get(self.dtype_policy)
         return tf.as_dtype(policy.variable_dtype).size
 
     @property
-    def useful_flops(self):
-        """Forward and backward of the experts that were chosen, nothing else.
+    def useful_flops(self) -> int:
+        """Operations of the chosen experts alone, forward and backward.
 
         Two products of `T * k` rows, each three times (itself, the gradient
         of its rows, the gradient of its weights), 2 a multiply-add.
@@ -50,51 +51,63 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One layer of the table: a way, and a number of experts unless dense."""
+    """One row of the table: a kind of layer and its number of experts.
 
-    way: str
+    Attributes:
+        kind: str, one of `NAMES` with its value filled in.
+        num_experts: int; None for the dense layer.
+    """
+
+    kind: str
     num_experts: int | None = None
 
 
-def rows(names, nums_experts):
-    """The dense row, then each way with each number of experts."""
+def table_rows(kinds: list[str], expert_counts: Iterable[int]) -> list[Row]:
+    """Returns the dense row, then each kind with each number of experts."""
     return [
         Row("dense"),
-        *(Row(way, number) for number in nums_experts for way in names),
+        *(Row(kind, count) for count in expert_counts for kind in kinds),
     ]
 
 
-def parse(way):
-    """`("capacity", 1.25)` for `capacity:1.25`; `None` where nothing follows.
+def parse_kind(kind: str) -> tuple[str, float | int | None]:
+    """Splits a kind of layer into its name and its value.
+
+    Args:
+        kind: str such as `"grouped"` or `"capacity:1.25"`.
+
+    Returns:
+        `(name, value)`: `("grouped", None)` or `("capacity", 1.25)`.
 
     Raises:
-        ValueError: if there is no such way, or no such number.
+        ValueError: there is no such kind, or its value is out of range.
     """
-    name, _, number = way.partition(":")
-    if way in _PLAIN:
-        return way, None
+    name, _, text = kind.partition(":")
+    if kind in _PLAIN:
+        return kind, None
     try:
-        value = {"capacity": float, "groups": int}[name](number)
+        value = {"capacity": float, "two_level": int}[name](text)
     except (KeyError, ValueError):
         raise ValueError(
-            f"`ways` are {', '.join(NAMES)}. Received: {way}"
+            f"`layers` are {', '.join(NAMES)}. Received: {kind}"
         ) from None
     if name == "capacity":
         checks.positive("capacity_factor", value)
     else:
-        checks.at_least("groups", value, 1)
+        checks.at_least("branches", value, 1)
     return name, value
 
 
-def layer(row, setting):
-    """The layer of a row, not built yet.
+def make_layer(row: Row, setting: Setting) -> keras.layers.Layer:
+    """Returns the layer of a row, not built yet.
 
-    `groups` has two levels, with the root of `k` experts at each.
+    `two_level` is the hierarchical layer of appendix B. At each of its two
+    levels it chooses the square root of `k`.
 
     Raises:
-        ValueError: if the row's way or number of experts cannot be.
+        ValueError: the row's kind does not suit its number of experts or `k`.
     """
-    name, value = parse(row.way)
+    name, value = parse_kind(row.kind)
     kwargs = {
         "dtype": setting.dtype_policy,
         "activation": setting.activation,
@@ -107,30 +120,31 @@ def layer(row, setting):
     kwargs["gating"] = setting.gating
     if name == "capacity":
         kwargs["capacity_factor"] = value
-    if name == "groups":
+    if name == "two_level":
         kwargs["k"] = math.isqrt(setting.k)
         if kwargs["k"] ** 2 != setting.k or row.num_experts % value:
             raise ValueError(
-                "`groups` must divide the number of experts, and `k` be a "
-                f"square. Received: groups={value}, "
+                "`branches` of a two-level layer must divide the number of "
+                "experts, and `k` must be a square. "
+                f"Received: branches={value}, "
                 f"num_experts={row.num_experts}, k={setting.k}"
             )
         kwargs["branching"] = (value, row.num_experts // value)
     return layers.SparseMoE(row.num_experts, setting.hidden, **kwargs)
 
 
-def train_step(row, setting):
-    """The step of a row; the dense layer gets the rows of `k` experts."""
+def train_step(row: Row, setting: Setting) -> steps.TrainStep:
+    """Returns a row's step; the dense layer gets `k` rows for each token."""
     return steps.TrainStep(
-        layer(row, setting),
-        setting.tokens * (setting.k if row.way == "dense" else 1),
+        make_layer(row, setting),
+        setting.tokens * (setting.k if row.kind == "dense" else 1),
         setting.width,
         setting.jit_compile,
     )
 
 
-def all_experts_bytes(num_experts, setting):
-    """What hidden activations, outputs and gradients of both must take."""
+def all_experts_bytes(num_experts: int, setting: Setting) -> int:
+    """Bytes of hidden activations, outputs and the gradients of both."""
     units = 2 * (setting.hidden + setting.width)
     size = tf.as_dtype(setting.compute_dtype).size
     return setting.tokens * num_experts * units * size
@@ -139,7 +153,7 @@ def all_experts_bytes(num_experts, setting):
 class AllExperts(keras.layers.Layer):
     """Every expert on every token, weighted by a gate that is mostly zeros.
 
-    What Keras users have today: KerasHub's Mixtral computes its experts by
+    The usual form in Keras: KerasHub's Mixtral computes its experts by
     these two einsums. The gate keeps the `k` largest of a softmax and makes
     them sum to 1, so without noise the outputs are those of `SparseMoE`.
 
@@ -178,8 +192,8 @@ class AllExperts(keras.layers.Layer):
         )
 
     def call(self, inputs):
-        chance_TE = ops.softmax(ops.matmul(inputs, self.gate_DE))
-        top_TK, expert_TK = ops.top_k(chance_TE, self.k)
+        probability_TE = ops.softmax(ops.matmul(inputs, self.gate_DE))
+        top_TK, expert_TK = ops.top_k(probability_TE, self.k)
         top_TK /= ops.sum(top_TK, axis=-1, keepdims=True)
         hot_TKE = ops.one_hot(expert_TK, self.num_experts, dtype=top_TK.dtype)
         weight_TE = ops.sum(top_TK[:, :, None] * hot_TKE, axis=1)
