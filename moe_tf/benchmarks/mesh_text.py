@@ -117,8 +117,8 @@ def train_model(strategy, setting, batches, vocabulary_size):
     Args:
         strategy: `MeshStrategy`, or None for one device.
         setting: `Setting`
-        batches: as `read_batches` gives them, `setting.steps` of them; each process
-            of a mesh trains on its own rows.
+        batches: list from `read_batches`, at least `setting.steps` long. Each
+            process of a mesh trains on its own rows.
         vocabulary_size: int
 
     Returns:

@@ -81,7 +81,8 @@ def table(
         _line(
             f"product of {size} x {size}", "-",
             (f"{1e3 * ceiling_seconds:.3f}", "-", "-",
-             "-", f"{2 * size**3 / 1e9:.6g}", f"{peak / 1e12:.3f}", "100%", "-"),
+             "-", f"{2 * size**3 / 1e9:.6g}", f"{peak / 1e12:.3f}", "100%",
+             "-"),
             "-",
         ),
     ]  # fmt: skip
