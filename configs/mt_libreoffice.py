@@ -11,7 +11,7 @@ paper's multilingual model has flat experts, noisy top-k gating and k = 2. The
 text comes from Debian's packages, or lies in `data.path`.
 """
 
-from configs import mt_demo
+from moe_tf_configs import mt_demo
 
 _LANGUAGES = ("de", "fr", "it", "pt-BR", "nl", "cs", "sl", "da", "el", "es")
 _VARIANTS = {"MoE": "Transformer-MoE-32", "dense": "Transformer"}

@@ -10,7 +10,7 @@ other variant. Then `--mode=average`, and
 `--mode=evaluate --config.translate.checkpoint=average`.
 """
 
-from configs import mt_demo
+from moe_tf_configs import mt_demo
 
 
 def get_config(arg="Transformer"):

@@ -12,7 +12,7 @@ the experts, how its strictly balanced gating is done in two levels (see
 `HierarchicalBatchwiseRouter`), and the width of the attention.
 """
 
-from configs import mt_demo
+from moe_tf_configs import mt_demo
 
 
 def get_config(arg="GNMT-MoE-2048-h"):

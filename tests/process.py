@@ -144,7 +144,8 @@ def run_program(module, *arguments, stdin=b""):
 
 def start_cluster(function, *args, number=2):
     """Connected `Process`es of one machine that call `function(*args)`."""
-    from trainers import launch  # whose flags no program here should have
+    # Here, since no program of the tests should have its flags.
+    from moe_tf_trainers import launch
 
     places = launch.environments(launch.free_ports(number), None, {})
     return [Process(function, *args, env=place) for place in places]

@@ -18,7 +18,7 @@ from tests.trainers import runs
 SAVED = pathlib.Path(__file__).parent / "saved"
 TEXT = "tests/saved/text"
 LANGUAGE_MODEL = runs.Trainer(
-    "trainers.language_model",
+    "moe_tf_trainers.language_model",
     "lm_demo.py:tiny",
     (
         "--config.data.corpus=files",
@@ -35,7 +35,7 @@ LANGUAGE_MODEL = runs.Trainer(
     ),
 )
 TRANSLATION = runs.Trainer(
-    "trainers.machine_translation",
+    "moe_tf_trainers.machine_translation",
     "mt_demo.py:tiny",
     (
         "--config.data.corpus=files",

@@ -7,7 +7,8 @@ moe-tf-lm --config=... --workdir=... --mode=score < sentences.txt
 
 from moe_tf.training.language.modes import MODES
 from moe_tf.training.language.task import LanguageModelTask
-from trainers import runner
+
+from . import runner
 
 
 def run():

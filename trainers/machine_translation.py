@@ -7,7 +7,8 @@ moe-tf-mt --config=... --workdir=... --mode=export
 
 from moe_tf.training.translation.modes import MODES
 from moe_tf.training.translation.task import TranslationTask
-from trainers import runner
+
+from . import runner
 
 
 def run():

@@ -7,15 +7,14 @@ import keras
 from absl import app
 from absl import flags
 from absl import logging
-from ml_collections import config_flags
 
 from moe_tf.training import checkpoints
 from moe_tf.training import meshes
-from trainers import freed_memory
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", lock_config=True, help_string="The experiment: file.py[:arg]."
-)
+from . import config_flag
+from . import freed_memory
+
+_CONFIG = config_flag.define()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; a run that is there resumes."
 )

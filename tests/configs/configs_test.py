@@ -6,7 +6,7 @@ import pathlib
 import keras
 import pytest
 
-import configs
+import moe_tf_configs
 from moe_tf.training import loop
 from moe_tf.training.language.task import LanguageModelTask
 from moe_tf.training.translation.task import TranslationTask
@@ -14,7 +14,7 @@ from tests import small_text
 
 NAMES = sorted(
     path.stem
-    for path in pathlib.Path(configs.__file__).parent.glob("*.py")
+    for path in pathlib.Path(moe_tf_configs.__file__).parent.glob("*.py")
     if path.stem != "__init__"
 )
 LANGUAGE_MODELS = [name for name in NAMES if name.startswith("lm")]
@@ -44,7 +44,7 @@ def test_every_config_is_of_a_trainer():
 
 
 def config_of(name, *arg):
-    return importlib.import_module(f"configs.{name}").get_config(*arg)
+    return importlib.import_module(f"moe_tf_configs.{name}").get_config(*arg)
 
 
 def write_benchmark(folder):

@@ -189,7 +189,13 @@ os.write(2, f"{cluster.process_id} {total}\\n".encode())
 def test_two_processes_sum_over_one_mesh_and_end_by_sigterm():
     """TensorFlow takes SIGTERM and does nothing; they would be killed."""
     launcher = subprocess.Popen(
-        [sys.executable, "-m", "trainers.launch", "--num_processes=2", "--"]
+        [
+            sys.executable,
+            "-m",
+            "moe_tf_trainers.launch",
+            "--num_processes=2",
+            "--",
+        ]
         + [sys.executable, "-c", STEPS + "time.sleep(100)"],
         cwd=ROOT,
         stderr=subprocess.PIPE,

@@ -20,7 +20,7 @@ HALF_MS, HALF_RATIO, HALF_RATE = 0.0005, 0.005, 0.5  # of the last digit
 
 def run(*flags):
     """The exit code, and what was printed to standard output and error."""
-    result = process.run_program("trainers.benchmark", *flags)
+    result = process.run_program("moe_tf_trainers.benchmark", *flags)
     return result.returncode, result.stdout.decode(), result.stderr.decode()
 
 
@@ -136,7 +136,13 @@ def test_all_experts_are_skipped_with_a_reason_where_they_are_too_large():
 def test_a_number_of_experts_below_k_is_refused():
     # As users start it; the others are forks that have imported TensorFlow.
     result = subprocess.run(
-        [sys.executable, "-m", "trainers.benchmark", "--experts=8,2", "--k=4"],
+        [
+            sys.executable,
+            "-m",
+            "moe_tf_trainers.benchmark",
+            "--experts=8,2",
+            "--k=4",
+        ],
         cwd=process.ROOT,
         capture_output=True,
         timeout=300,
@@ -170,7 +176,8 @@ REFUSED = {
 
 def refusals(arguments):
     """What each flag by itself is refused with."""
-    from trainers import benchmark  # whose flags this process may not have
+    # Here, since this process may not have its flags.
+    from moe_tf_trainers import benchmark
 
     told, own = [], flags.FLAGS.flags_by_module_dict()[benchmark.__name__]
     for argument in arguments:

@@ -7,8 +7,8 @@ import resource
 import numpy as np
 import pytest
 
+from moe_tf_trainers import freed_memory
 from tests import process
-from trainers import freed_memory
 
 pytestmark = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc"

@@ -13,7 +13,7 @@ import pytest
 from tests.trainers import runs
 
 SIX_STEPS = ("--config.train.steps=6", "--config.train.evaluate_every=2")
-TRAINER = runs.Trainer("trainers.language_model", "lm_demo.py:tiny")
+TRAINER = runs.Trainer("moe_tf_trainers.language_model", "lm_demo.py:tiny")
 REPOSITORY = runs.REPOSITORY
 command, run = TRAINER.command, TRAINER.run
 
@@ -170,7 +170,8 @@ def test_full_disk_leaves_the_last_good_checkpoint(finished, tmp_path):
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
         "import runpy; sys.argv = sys.argv[1:];"
-        "runpy.run_module('trainers.language_model', run_name='__main__')"
+        "runpy.run_module('moe_tf_trainers.language_model',"
+        "run_name='__main__')"
     )
     arguments = command(tmp_path, *SIX_STEPS)[2:]
     result = subprocess.run(

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
+from moe_tf_trainers import launch
 from tests.trainers import launched
-from trainers import launch
 
 
 def test_tells_each_process_its_place_and_a_port_it_can_bind(tmp_path):

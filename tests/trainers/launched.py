@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
-LAUNCH = (sys.executable, "-m", "trainers.launch")
+LAUNCH = (sys.executable, "-m", "moe_tf_trainers.launch")
 PATIENCE = 60  # seconds until a test fails; none takes them
 PROLOGUE = """
 import json, os, signal, subprocess, sys, time

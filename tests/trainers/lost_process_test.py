@@ -13,7 +13,7 @@ import numpy as np
 from tests.trainers import runs
 
 TRAINER = runs.Trainer(
-    "trainers.language_model",
+    "moe_tf_trainers.language_model",
     "lm_demo.py:tiny",
     (
         "--config.model.num_groups=8",
@@ -23,7 +23,7 @@ TRAINER = runs.Trainer(
 )
 ON_TWO = "--config.mesh.batch=2"
 LAUNCH = [
-    *(sys.executable, "-m", "trainers.launch"),
+    *(sys.executable, "-m", "moe_tf_trainers.launch"),
     *("--num_processes=2", "--grace_seconds=5", "--"),
 ]
 

@@ -20,7 +20,7 @@ class Trainer:
     """A trainer with a config and flags, in processes of its own.
 
     Attributes:
-        module: such as `"trainers.language_model"`.
+        module: such as `"moe_tf_trainers.language_model"`.
         config: such as `"lm_demo.py:tiny"`.
         flags: what every call gets.
     """

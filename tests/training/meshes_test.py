@@ -3,8 +3,6 @@ import warnings
 
 import pytest
 
-from configs import lm_demo
-from configs import mt_demo
 from moe_tf.distribute import collectives
 from moe_tf.models import layer_specs
 from moe_tf.routing import two_level
@@ -14,6 +12,8 @@ from moe_tf.training import meshes
 from moe_tf.training import workdir as workdirs
 from moe_tf.training.language.task import LanguageModelTask
 from moe_tf.training.translation.task import TranslationTask
+from moe_tf_configs import lm_demo
+from moe_tf_configs import mt_demo
 from tests import process
 
 

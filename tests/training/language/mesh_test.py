@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from configs import lm_demo
 from moe_tf.training import checkpoints
 from moe_tf.training import loop
 from moe_tf.training import meshes
 from moe_tf.training import variables
 from moe_tf.training.language.task import LanguageModelTask
+from moe_tf_configs import lm_demo
 from tests import process
 
 STEPS = 8

@@ -2,11 +2,11 @@ import keras
 import numpy as np
 import pytest
 
-from configs import lm_demo
 from moe_tf import optimizers
 from moe_tf.training import dry_run
 from moe_tf.training import loop
 from moe_tf.training.language.task import LanguageModelTask
+from moe_tf_configs import lm_demo
 
 
 @pytest.fixture(scope="module")

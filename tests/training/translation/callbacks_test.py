@@ -4,10 +4,10 @@ import keras
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
-from configs import mt_demo
 from moe_tf import tags
 from moe_tf.training import loop
 from moe_tf.training.translation.task import TranslationTask
+from moe_tf_configs import mt_demo
 from tests import small_text
 
 
