@@ -1,7 +1,8 @@
-"""How evenly experts are used, in TensorBoard."""
+"""A Keras callback that writes the load balance to TensorBoard."""
 
 import contextlib
 import os
+from collections.abc import Iterator
 
 import keras
 import numpy as np
@@ -11,6 +12,14 @@ from moe_tf import checks
 from moe_tf import metrics
 from moe_tf import tags
 
+__all__ = [
+    "LoadBalanceBoard",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 class LoadBalanceBoard(keras.callbacks.Callback):
     """Writes the paper's balance statistics of every `SparseMoE` layer.
@@ -18,11 +27,11 @@ class LoadBalanceBoard(keras.callbacks.Callback):
     For each layer: CV(importance), CV(load), max / mean load, the dropped
     fraction and the router's losses before their weights as scalars, and a
     histogram over the experts of load / mean load.
-    Training goes to the run `train`, taken from single batches; validation to
-    the run `validation`, scalars as means over its batches. The x axis is the
+    The run `train` has the statistics of single training batches, the run
+    `validation` the means over the validation batches. The x axis is the
     optimizer's step.
 
-    Give it a directory of its own, or start TensorBoard with
+    Give the callback its own directory, or start TensorBoard with
     `--reload_multifile=true`: by default TensorBoard follows only the newest
     event file of a directory.
 
@@ -34,9 +43,23 @@ class LoadBalanceBoard(keras.callbacks.Callback):
     Reference:
      - [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538), appendix A,
        table 6
+
+    Example:
+
+    >>> import os, tempfile
+    >>> model = keras.Sequential([moe_tf.SparseMoE(4, hidden_units=8, k=2)])
+    >>> model.compile("sgd", "mse")
+    >>> x = np.ones((8, 3), "float32")
+    >>> with tempfile.TemporaryDirectory() as log_dir:
+    ...     board = moe_tf.LoadBalanceBoard(log_dir, update_freq=1)
+    ...     _ = model.fit(x, x, callbacks=[board], verbose=0)
+    ...     print(os.listdir(log_dir))
+    ['train']
     """
 
-    def __init__(self, log_dir, update_freq=100):
+    def __init__(
+        self, log_dir: str | os.PathLike, update_freq: int = 100
+    ) -> None:
         super().__init__()
         checks.at_least("update_freq", update_freq, 1)
         self.log_dir = log_dir
@@ -56,8 +79,8 @@ class LoadBalanceBoard(keras.callbacks.Callback):
         self._written = self.step() // self.update_freq
 
     def on_train_batch_end(self, batch, logs=None):
-        # Not "each so many batches": several of them can make a step, and
-        # several steps can make a batch of Keras's.
+        # Counts steps, not batches: with gradient accumulation a step takes
+        # several batches, with `steps_per_execution` a call several steps.
         due = self.step() // self.update_freq
         if due > self._written:
             self._written = due
@@ -77,8 +100,9 @@ class LoadBalanceBoard(keras.callbacks.Callback):
         self._writers = {}
 
     @contextlib.contextmanager
-    def disk_errors(self):
-        # TensorFlow's would be taken by Keras for the end of the data.
+    def disk_errors(self) -> Iterator[None]:
+        """Turns TensorFlow's errors of writing into `OSError`."""
+        # Keras would take TensorFlow's for the end of the data.
         try:
             yield
         except tf.errors.OpError as error:
@@ -87,8 +111,8 @@ class LoadBalanceBoard(keras.callbacks.Callback):
                 f"{error.message}. Free disk space or allow writing."
             ) from error
 
-    def write_training(self, logs):
-        """Writes what the last training batch left behind."""
+    def write_training(self, logs: dict) -> None:
+        """Writes the statistics of the last training batch."""
         with self.writer("train").as_default(self.step()):
             worst = 0.0
             for balance in self.balances():
@@ -103,26 +127,27 @@ class LoadBalanceBoard(keras.callbacks.Callback):
             if self.balances():
                 tf.summary.scalar(tags.WORST_MAX_OVER_MEAN_LOAD, worst)
 
-    def write_validation(self, logs):
+    def write_validation(self, logs: dict) -> None:
         """Writes the means over the validation batches."""
         with self.writer("validation").as_default(self.step()):
             for balance in self.balances():
                 self._write_scalars(balance.name, balance.statistics())
 
-    def writer(self, run):
-        """The summary writer of a run, one for each run's directory."""
+    def writer(self, run: str) -> tf.summary.SummaryWriter:
+        """Returns the summary writer of a run, made at the first call."""
         if run not in self._writers:
             self._writers[run] = tf.summary.create_file_writer(
                 os.path.join(self.log_dir, run)
             )
         return self._writers[run]
 
-    def step(self):
+    def step(self) -> int:
+        """Returns the optimizer's step."""
         return int(self.model.optimizer.iterations)
 
-    def balances(self):
-        """The `ExpertBalance` of each layer that has one."""
-        # Keras lists those of nested models more than once.
+    def balances(self) -> list[metrics.ExpertBalance]:
+        """Returns the `ExpertBalance` of each layer that has one."""
+        # Keras lists a metric of a nested model more than once.
         unique = {id(metric): metric for metric in self.model.metrics}
         return [
             metric

@@ -1,10 +1,13 @@
-"""Refuses settings that cannot be used, naming the field and the value."""
+"""Checks of settings; the errors name the field and the value."""
 
 import math
 import operator
+from collections.abc import Callable
 
 
-def at_least(name, value, least, none_is_fine=False):
+def at_least(
+    name: str, value: object, least: int, none_is_fine: bool = False
+) -> None:
     """Raises `ValueError` unless `value` is an int of `least` or more."""
     if value is None and none_is_fine:
         return
@@ -15,7 +18,7 @@ def at_least(name, value, least, none_is_fine=False):
         )
 
 
-def positive(name, value, none_is_fine=False):
+def positive(name: str, value: object, none_is_fine: bool = False) -> None:
     """Raises `ValueError` unless `value` is finite and above 0."""
     if value is None and none_is_fine:
         return
@@ -26,7 +29,7 @@ def positive(name, value, none_is_fine=False):
         )
 
 
-def not_negative(name, value, none_is_fine=False):
+def not_negative(name: str, value: object, none_is_fine: bool = False) -> None:
     """Raises `ValueError` unless `value` is finite and 0 or more."""
     if value is None and none_is_fine:
         return
@@ -37,7 +40,7 @@ def not_negative(name, value, none_is_fine=False):
         )
 
 
-def true_or_false(name, value):
+def true_or_false(name: str, value: object) -> None:
     """Raises `ValueError` unless `value` is a bool."""
     if not isinstance(value, bool):
         raise ValueError(
@@ -45,8 +48,8 @@ def true_or_false(name, value):
         )
 
 
-def _lies(value, within):
-    """`within()`; false of a value that is no number, as a bool is none."""
+def _lies(value: object, within: Callable[[], bool]) -> bool:
+    """Returns `within()`; `False` for a bool and whatever is not a number."""
     try:
         return not isinstance(value, bool) and within()
     except TypeError:

@@ -2,6 +2,17 @@
 
 from keras import ops
 
+__all__ = [
+    "batchwise_loss",
+    "cv_squared",
+    "load_balance_loss",
+    "z_loss",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 def cv_squared(x):
     """Squared coefficient of variation, variance / mean^2, over all of `x`.

@@ -1,4 +1,7 @@
-"""Adam whose state is small beside the weights, for experts (appendix D)."""
+"""Adam with a factored second moment, for experts (appendix D)."""
+
+from collections.abc import Callable
+from collections.abc import Sequence
 
 import keras
 import tensorflow as tf
@@ -6,67 +9,89 @@ from keras import ops
 
 from moe_tf import checks
 from moe_tf import xla
+from moe_tf.types import Tensor
+
+__all__ = [
+    "FactoredAdam",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 @keras.saving.register_keras_serializable(package="moe_tf")
 class FactoredAdam(keras.optimizers.Optimizer):
     """Adam with a factored second moment and, by default, no first moment.
 
-    Of a weight with two or more axes only the running means of the squared
-    gradients along its rows, `R`, and along its columns, `C`, are kept. Rows
+    For a weight with two or more axes the state holds only running means of
+    the squared gradients: `R` over each row and `C` over each column. Rows
     and columns are those of the last two axes; every index of the leading
-    axes (an expert) is a matrix by itself. The second moment is taken to be
+    axes (an expert) is a separate matrix. The second moment is estimated as
 
         v_ij = R_i * C_j / mean(R)
 
-    which is exact where squared gradients are of rank one, as for an expert
-    with one token. It can be far too small where large gradients share
-    neither rows nor columns with small ones (`C` and `R` of a diagonal
-    matrix, say): steps are then larger than Adam's. Weights with one axis or
-    none have the whole second moment.
+    which is exact where the squared gradients have rank one, as for an expert
+    with one token. The estimate can be far too small where large gradients
+    share neither rows nor columns with small ones, as in a diagonal matrix:
+    steps are then larger than Adam's. Weights with one axis or none have the
+    whole second moment.
 
         weight -= learning_rate * m / (sqrt(v) + epsilon)
 
     with `m` the gradient if `beta_1` is 0, and both moments divided by
     `1 - beta ** step`. `epsilon` is added to each of the three roots of the
-    factored `sqrt(v)`. Weights whose gradients have all been zero, such as
-    those of an expert that never had a token, stay as they are.
+    factored `sqrt(v)`. A weight whose gradients have all been zero, such as
+    the weight of an expert that never had a token, does not change.
 
-    An `(E, D, F)` kernel has `E * (D + F)` numbers of state, in float32 also
-    if the kernel is of 16 bits. In a `tf.function` without XLA the step of a
-    float32 kernel is computed in place of its gradient and takes no further
-    memory of the kernel's size (with `beta_1` above 0 one tensor of it).
-    Sparse gradients are made dense: the squares need the sums over repeated
-    indices, and the means every row.
+    The state of an `(E, D, F)` kernel has `E * (D + F)` entries. They are
+    float32 even for a 16-bit kernel. In a `tf.function` without XLA the step
+    of a float32 kernel is computed in place of its gradient and takes no
+    further memory of the kernel's size (one such tensor if `beta_1` is above
+    0). Sparse gradients are made dense: the squares need the sums over
+    repeated indices, and the means need every row.
 
     Args:
         learning_rate: float, schedule or callable. Defaults to `0.001`.
         beta_1: float in [0, 1), decay of the first moment, which is as large
             as the weights. Defaults to `0.0`, no first moment, the paper's.
         beta_2: float in [0, 1), decay of the second moment. The paper gives
-            no value. Defaults to `0.98`, that of tensor2tensor; with Adam's
+            no value. Defaults to `0.98`, as in tensor2tensor; with Adam's
             `0.999` a language model learned more slowly.
         epsilon: float, above 0. The paper gives no value. Defaults to
-            `1e-10`, that of tensor2tensor: the gradients of an expert shrink
-            with its share of the tokens, so a larger one would first hold
-            back the experts that are rarely used.
-        **kwargs: those of `keras.optimizers.Optimizer`.
+            `1e-10`, as in tensor2tensor: the gradients of an expert shrink
+            with its fraction of the tokens, so a larger value would slow
+            down the experts that are rarely used.
+        **kwargs: arguments of `keras.optimizers.Optimizer`.
 
     Raises:
         ValueError: if an argument is out of its range.
 
     Reference:
      - [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538), appendix D
+
+    Example:
+
+    >>> kernel = keras.Variable(np.ones((4, 8, 16)))
+    >>> optimizer = moe_tf.optimizers.FactoredAdam(0.1)
+    >>> optimizer.build([kernel])
+    >>> [tuple(v.shape) for v in optimizer.variables if len(v.shape) > 1]
+    [(4, 8), (4, 16)]
+    >>> optimizer.apply([ops.ones_like(kernel)])
+    >>> print(f"{float(kernel[0, 0, 0]):.3f}")
+    0.900
     """
 
     def __init__(
         self,
-        learning_rate=0.001,
-        beta_1=0.0,
-        beta_2=0.98,
-        epsilon=1e-10,
+        learning_rate: float
+        | keras.optimizers.schedules.LearningRateSchedule
+        | Callable[[], float] = 0.001,
+        beta_1: float = 0.0,
+        beta_2: float = 0.98,
+        epsilon: float = 1e-10,
         **kwargs,
-    ):
+    ) -> None:
         super().__init__(learning_rate=learning_rate, **kwargs)
         for name, value in (("beta_1", beta_1), ("beta_2", beta_2)):
             if not 0 <= value < 1:
@@ -99,13 +124,13 @@ class FactoredAdam(keras.optimizers.Optimizer):
                 "velocity_row": shape[:-1],
                 "velocity_column": shape[:-2] + shape[-1:],
             }
-        # As the base class names slots of the variable's own shape.
+        # The base class builds the names of its slots from the same path.
         path = getattr(variable, "path", variable.name)
         path = path.replace("/", "_").replace(":", "_")
         return [
             self.add_variable(
                 shape=part_shape,
-                # 16 bits would round away a thousandth of a change.
+                # 16 bits would round away a change by a thousandth.
                 dtype=keras.backend.result_type(variable.dtype, "float32"),
                 name=f"{path}_{part}",
             )
@@ -151,18 +176,17 @@ class FactoredAdam(keras.optimizers.Optimizer):
         }
 
 
-def mean_squares(x, is_sharded=False):
-    """Means of `x ** 2` over the last axis, and over the one before it.
+def mean_squares(x: Tensor, is_sharded: bool = False) -> tuple[Tensor, Tensor]:
+    """Computes means of `x ** 2` over the last axis and over the one before.
 
     Args:
         x: float tensor of rank 2 or more.
         is_sharded: bool, whether `x` is a DTensor.
 
     Returns:
-        Two tensors, of shape `x.shape[:-1]` and without the axis before the
-        last.
+        Two tensors: one without the last axis, one without the axis before.
     """
-    # Neither DTensor nor XLA has the norm.
+    # Neither DTensor nor XLA has `reduce_euclidean_norm`.
     if is_sharded or xla.wants_static_shapes():
         square = ops.square(x)
         return ops.mean(square, axis=-1), ops.mean(square, axis=-2)
@@ -174,28 +198,30 @@ def mean_squares(x, is_sharded=False):
     )
 
 
-def scaled_step(moment, rate, velocity, epsilon):
-    """`rate * moment / (sqrt(v) + epsilon)`.
+def scaled_step(
+    moment: Tensor, rate: Tensor, velocity: Sequence[Tensor], epsilon: float
+) -> Tensor:
+    """Computes `rate * moment / (sqrt(v) + epsilon)`.
 
     Args:
         moment: float tensor, a gradient or its running mean.
         rate: float scalar.
         velocity: `[v]`, of the shape of `moment`, or `[R, C]`: then `v` is
-            the outer product of `R` and `C`, which are stacked like `moment`,
-            over their mean (they have the same). `epsilon` is added to each
-            root.
+            the outer product of `R` and `C` over their common mean, for every
+            index of the leading axes. `epsilon` is added to each root.
         epsilon: float, above 0.
 
     Returns:
-        A tensor like `moment`.
+        Tensor of the shape of `moment`.
     """
     roots = [ops.sqrt(part) + epsilon for part in velocity]
     if len(velocity) == 1:
         return rate * moment / roots[0]
-    # In place of `moment`, if nothing else holds it. Hence the mean of `C`,
-    # which is that of `R`: the first quotient comes after both reductions of
-    # a gradient. Hence quotients: the graph optimizer regroups products with
-    # each other and with what made `moment`, into tensors of its size.
+    # TensorFlow computes a quotient in place of `moment` if nothing else uses
+    # `moment`. The mean is taken over `C`, not over the equal `R`, so that the
+    # first quotient comes after both reductions of the gradient. Quotients
+    # instead of products: the graph optimizer would regroup products into
+    # further tensors of the size of `moment`.
     mean = ops.mean(velocity[1], axis=-1, keepdims=True)
     row = roots[0] / (ops.sqrt(mean) + epsilon)
     return rate * (moment / row[..., None] / roots[1][..., None, :])
