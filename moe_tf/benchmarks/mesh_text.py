@@ -78,7 +78,7 @@ def prepare_text(folder):
     """Counts the bundled text in `folder`, unless that has been done.
 
     Returns:
-        `preparation.prepare`'s result.
+        `preparation.prepare_text`'s result.
     """
     config = types.SimpleNamespace(
         corpus="sotu",
@@ -89,7 +89,7 @@ def prepare_text(folder):
         vocabulary_size=1000,
         max_words=_MAX_WORDS,
     )
-    return preparation.prepare(config, str(folder))
+    return preparation.prepare_text(config, str(folder))
 
 
 def read_batches(prepared, number, words=512):

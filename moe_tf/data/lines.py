@@ -15,7 +15,7 @@ from typing import Protocol
 from absl import logging
 
 # A line of more bytes is skipped without being held in memory.
-LONGEST_LINE = 1 << 20
+MAX_LINE_BYTES = 1 << 20
 
 BLANK = "blank"
 NOT_UTF8 = "not_utf8"
@@ -65,7 +65,7 @@ class Source(Protocol):
     place: str  # where it is, for messages
 
     def raw_lines(self) -> Iterator[bytes | None]:
-        """Lines in order; `None` for one over `LONGEST_LINE` bytes."""
+        """Lines in order; `None` for one over `MAX_LINE_BYTES` bytes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +146,7 @@ def usable_lines(
 
     Words are what ASCII whitespace separates, as `tf.strings.split` has it.
     Left out and counted are blank lines, lines that are not UTF-8, and
-    lines of more than `max_words` words or `LONGEST_LINE` bytes. A byte
+    lines of more than `max_words` words or `MAX_LINE_BYTES` bytes. A byte
     order mark before the first line is dropped.
 
     Args:
@@ -166,7 +166,7 @@ def usable_lines(
         for number, raw in enumerate(source.raw_lines(), start=1):
             if number == 1 and raw is not None:
                 raw = raw.removeprefix(codecs.BOM_UTF8)
-            reason = why_unusable(raw, max_words)
+            reason = reason_to_skip(raw, max_words)
             if reason is None:
                 report.lines += 1
                 yield raw
@@ -181,7 +181,7 @@ def usable_lines(
             )
 
 
-def why_unusable(raw: bytes | None, max_words: int) -> str | None:
+def reason_to_skip(raw: bytes | None, max_words: int) -> str | None:
     """The reason to leave out a line, `None` if it can be used."""
     if raw is None:
         return TOO_LONG
@@ -196,12 +196,12 @@ def why_unusable(raw: bytes | None, max_words: int) -> str | None:
 
 
 def bounded_lines(file) -> Iterator[bytes | None]:
-    """Lines of a binary file; `None` for one over `LONGEST_LINE` bytes."""
-    while raw := file.readline(LONGEST_LINE):
-        if len(raw) < LONGEST_LINE or raw.endswith(b"\n"):
+    """Lines of a binary file; `None` for one over `MAX_LINE_BYTES` bytes."""
+    while raw := file.readline(MAX_LINE_BYTES):
+        if len(raw) < MAX_LINE_BYTES or raw.endswith(b"\n"):
             yield raw
             continue
-        while rest := file.readline(LONGEST_LINE):
+        while rest := file.readline(MAX_LINE_BYTES):
             if rest.endswith(b"\n"):
                 break
         yield None

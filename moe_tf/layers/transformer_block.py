@@ -84,7 +84,7 @@ class EncoderBlock(_Block):
     Call arguments:
         inputs: float `(B, S, D)`.
         bias: float that broadcasts to `(B, H, S, S)`; see
-            `multi_head_attention.mask_bias`.
+            `multi_head.mask_bias`.
         mask: optional bool `(B, S)`, positions to be routed.
         training: bool.
 

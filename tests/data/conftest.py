@@ -70,4 +70,4 @@ def sotu_workdir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def sotu_prepared(sotu_workdir, data_config):
     """The embedded corpus, as a first run finds it."""
-    return preparation.prepare(data_config(), sotu_workdir)
+    return preparation.prepare_text(data_config(), sotu_workdir)

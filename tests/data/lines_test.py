@@ -71,10 +71,10 @@ def test_a_sentence_of_exactly_max_words_is_kept(tmp_path):
     assert read(path, max_words=3) == [b"a b c\n"]
 
 
-@pytest.mark.parametrize("extra", [-1, 0, 1, 3 * lines.LONGEST_LINE])
+@pytest.mark.parametrize("extra", [-1, 0, 1, 3 * lines.MAX_LINE_BYTES])
 def test_an_endless_line_is_skipped_in_pieces(tmp_path, extra):
     path = tmp_path / "a.txt"
-    long = b"x" * (lines.LONGEST_LINE - 1 + extra)
+    long = b"x" * (lines.MAX_LINE_BYTES - 1 + extra)
     path.write_bytes(b"before\n" + long + b"\nafter\n" + long)
     report = lines.LineReport()
     rows = read(path, report=report)

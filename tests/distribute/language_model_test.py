@@ -134,7 +134,7 @@ ALL_ROUNDED = (
 
 
 def run_loop(rnn, x_BLD, training=False):
-    """What `recurrence.run` does on a mesh."""
+    """What `recurrence.run_rnn` does on a mesh."""
     kernels = (ops.cast(v, x_BLD.dtype) for v in rnn.cell.trainable_variables)
     return mesh_lstm.lstm(x_BLD, *kernels)
 

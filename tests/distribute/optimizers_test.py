@@ -25,7 +25,7 @@ class Rows(keras.layers.Layer):
 
     def call(self, inputs):
         return embedding_rows.shard_rows(
-            self.table(embedding_rows.all_ids(inputs))
+            self.table(embedding_rows.replicate_ids(inputs))
         )
 
 

@@ -27,7 +27,7 @@ def padded_length(length: int) -> int:
     return rung
 
 
-def num_rows(length: int, batch_tokens: int, rows_multiple=None) -> int:
+def rows_per_batch(length: int, batch_tokens: int, rows_multiple=None) -> int:
     """The number of rows of all batches of a padded length."""
     step = rows_multiple or 1
     return max(step, batch_tokens // length // step * step)
@@ -49,7 +49,7 @@ class PlannedBatch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class BatchPlan:
     """Which sentence pairs make which batch.
 
     The sentence pairs of the language pairs are numbered through.
@@ -117,7 +117,7 @@ class Plan:
         """The number of rows of the batches of each length of `ladder`."""
         return np.array(
             [
-                num_rows(length, self.batch_tokens, self.rows_multiple)
+                rows_per_batch(length, self.batch_tokens, self.rows_multiple)
                 for length in self.ladder.tolist()
             ]
         )
@@ -140,7 +140,7 @@ class Plan:
         """The endless stream of batches from `start_step` on."""
         left_out = start_step
         for index in itertools.count():
-            numbers = self.drawn(seed, index)
+            numbers = self.pairs_of_pass(seed, index)
             count = self.num_batches(numbers)
             if left_out >= count:
                 left_out -= count
@@ -151,7 +151,7 @@ class Plan:
             yield from (found[place] for place in order[left_out:])
             left_out = 0
 
-    def drawn(self, seed: int, index: int) -> np.ndarray:
+    def pairs_of_pass(self, seed: int, index: int) -> np.ndarray:
         """The sentence pairs of pass `index`, language pair by pair."""
         return np.concatenate(
             [
@@ -165,7 +165,7 @@ class Plan:
             ]
         )
 
-    def located(self, numbers):
+    def by_language_pair(self, numbers):
         """Where sentence pairs are.
 
         Yields:

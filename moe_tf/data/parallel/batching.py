@@ -21,7 +21,9 @@ def num_batches(
     rows_multiple: int | None = None,
 ) -> int:
     """Number of batches of one pass for evaluation; see `batches`."""
-    plan = batch_plan.Plan(prepared, split, batch_tokens, pair, rows_multiple)
+    plan = batch_plan.BatchPlan(
+        prepared, split, batch_tokens, pair, rows_multiple
+    )
     return plan.num_batches(plan.all)
 
 
@@ -36,8 +38,10 @@ def batches_in_first_pass(
 
     Without weights in `data.pairs`, all passes have as many.
     """
-    plan = batch_plan.Plan(prepared, "train", batch_tokens, None, rows_multiple)
-    return plan.num_batches(plan.drawn(seed, 0))
+    plan = batch_plan.BatchPlan(
+        prepared, "train", batch_tokens, None, rows_multiple
+    )
+    return plan.num_batches(plan.pairs_of_pass(seed, 0))
 
 
 def batches(
@@ -54,7 +58,7 @@ def batches(
     """Batches for a translation model.
 
     Pairs of similar length make a batch: it is padded to the length
-    (`pair_plan.padded_length`) of the longer side, and has `batch_tokens //
+    (`batch_plan.padded_length`) of the longer side, and has `batch_tokens //
     length` rows. All batches of one length have equally many rows, so there
     are as many shapes as lengths; where pairs run out, the last rows are
     all padding, with weights of 0.
@@ -98,7 +102,9 @@ def batches(
         raise ValueError(
             f"`start_step` must be 0 without `training`. Received: {start_step}"
         )
-    plan = batch_plan.Plan(prepared, split, batch_tokens, pair, rows_multiple)
+    plan = batch_plan.BatchPlan(
+        prepared, split, batch_tokens, pair, rows_multiple
+    )
     if training:
         planned = functools.partial(plan.training, seed, start_step)
     else:
@@ -187,7 +193,7 @@ def _read(plan, batch: batch_plan.PlannedBatch):
     source, tokens, targets = (
         np.full(shape, special_ids.PAD, np.int32) for _ in range(3)
     )
-    for place, rows, within in plan.located(batch.numbers):
+    for place, rows, within in plan.by_language_pair(batch.numbers):
         store, prefix = plan.stores[place], plan.prefixes[place]
         offsets = store.offsets[within]
         source_lengths, target_lengths = store.lengths[within].T

@@ -157,6 +157,6 @@ class TfdsSplit:
                 example[self.target_language],
             )
             yield tuple(
-                line if len(line) < lines.LONGEST_LINE else None
+                line if len(line) < lines.MAX_LINE_BYTES else None
                 for line in pair
             )

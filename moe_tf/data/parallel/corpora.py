@@ -79,7 +79,7 @@ class ParallelCorpus:
         """Yields the usable sentence pairs of a split.
 
         Left out and counted are pairs of which a side is blank, is not UTF-8
-        or has over `lines.LONGEST_LINE` bytes. Lines end with `\\n` or
+        or has over `lines.MAX_LINE_BYTES` bytes. Lines end with `\\n` or
         `\\r\\n` alone.
 
         Args:
@@ -321,7 +321,7 @@ def _open_libreoffice_help(data_config, pairs, workdir):
     folder = data_config.path
     if not folder:
         folder = os.path.join(workdir, "corpus")
-        libreoffice_help.make(languages, folder)
+        libreoffice_help.write_corpus(languages, folder)
     for language in languages:
         libreoffice_help.check_language(language, folder)
     names = {"train": "train", "validation": "dev", "test": "test"}

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 _MAGIC = b"!<arch>\n"
 
 
-def download(names: Sequence[str], folder: str) -> None:
+def download_packages(names: Sequence[str], folder: str) -> None:
     """Lets `apt-get download` put packages into a folder; needs no root.
 
     Raises:
@@ -46,7 +46,7 @@ def download(names: Sequence[str], folder: str) -> None:
         )
 
 
-def find(name: str, folder: str) -> str:
+def find_package(name: str, folder: str) -> str:
     """The path of the one `<name>_<version>_<architecture>.deb` in a folder.
 
     Raises:
@@ -67,7 +67,7 @@ def find(name: str, folder: str) -> str:
     return found[0]
 
 
-def read(path: str) -> Iterator[tuple[str, bytes]]:
+def read_files(path: str) -> Iterator[tuple[str, bytes]]:
     """Yields the name and the bytes of every regular file in a package.
 
     Raises:

@@ -76,7 +76,7 @@ def check_language(language: str, folder: str) -> None:
         )
 
 
-def make(
+def write_corpus(
     languages: Sequence[str], folder: str, packages: str | None = None
 ) -> None:
     """Writes the languages and English to a folder, if they are not there.
@@ -108,9 +108,9 @@ def make(
     with tempfile.TemporaryDirectory() as temporary:
         if packages is None:
             logging.info("Downloading %s", ", ".join(names))
-            debian_packages.download(names, temporary)
+            debian_packages.download_packages(names, temporary)
         paths = {
-            language: debian_packages.find(name, packages or temporary)
+            language: debian_packages.find_package(name, packages or temporary)
             for language, name in zip(wanted, names, strict=True)
         }
         _write(paths, folder)
@@ -191,7 +191,7 @@ def _place(page):
 
 def _paragraphs(path) -> Iterator[tuple[tuple[str, str], str]]:
     """Page, id and text of the paragraphs of a package, each id once."""
-    for name, data in debian_packages.read(path):
+    for name, data in debian_packages.read_files(path):
         if not (match := _PAGE.fullmatch(name)):
             continue
         page = match[2]
@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     logging.set_verbosity(logging.INFO)
     try:
-        make(
+        write_corpus(
             [name for name in chosen.languages.split(",") if name],
             chosen.out,
             chosen.packages,

@@ -97,7 +97,7 @@ class PreparedPairs:
         return (self.wordpieces.language_id(language),)
 
 
-def prepare(data_config, workdir: str) -> PreparedPairs:
+def prepare_pairs(data_config, workdir: str) -> PreparedPairs:
     """Builds or loads `wordpieces.model`, `pairs/` and `data.json` of a run.
 
     The first call in a `workdir` learns wordpieces from both sides of all

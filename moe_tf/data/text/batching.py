@@ -60,7 +60,7 @@ def batches_per_pass(
 
 
 def batches(
-    prepared: preparation.Prepared,
+    prepared: preparation.PreparedText,
     split: str,
     batch_words: int,
     seed: int = 0,
@@ -82,7 +82,7 @@ def batches(
     sentence once.
 
     Args:
-        prepared: see `preparation.prepare`.
+        prepared: see `preparation.prepare_text`.
         split: `"train"`, `"validation"` or `"test"`.
         batch_words: int, most positions in a batch.
         seed: int, not negative; for training.
@@ -159,15 +159,15 @@ def batches(
 
 
 def encode(
-    prepared: preparation.Prepared,
+    prepared: preparation.PreparedText,
     sentences: list[bytes],
     num_rows: int | None = None,
 ):
     """One batch of given sentences, in their order; see `batches`.
 
     Args:
-        prepared: see `preparation.prepare`.
-        sentences: lines that `lines.why_unusable` finds nothing against.
+        prepared: see `preparation.prepare_text`.
+        sentences: lines that `lines.reason_to_skip` finds nothing against.
         num_rows: optional int, not below the number of sentences: as many
             rows are there, the last all padding.
     """

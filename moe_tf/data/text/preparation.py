@@ -61,7 +61,7 @@ class SplitStatistics:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
+class PreparedText:
     """A corpus that is counted and has a vocabulary.
 
     Attributes:
@@ -75,7 +75,7 @@ class Prepared:
     statistics: dict[str, SplitStatistics]
 
 
-def prepare(data_config, workdir: str) -> Prepared:
+def prepare_text(data_config, workdir: str) -> PreparedText:
     """Builds or loads `vocabulary.txt` and `data.json` of a run.
 
     The first call in a `workdir` reads every split once. Later calls load
@@ -122,7 +122,7 @@ def prepare(data_config, workdir: str) -> Prepared:
     files.write(
         os.path.join(workdir, "data.json"), json.dumps(record, indent=1)
     )
-    return Prepared(corpus, vocabulary, statistics)
+    return PreparedText(corpus, vocabulary, statistics)
 
 
 def _count(corpus, split):
@@ -170,7 +170,7 @@ def _load(data_config, workdir, corpus):
             f"{words} has changed since this run began: its fingerprint is "
             f"{vocabulary.fingerprint}, recorded is {recorded}. {remedy}"
         )
-    return Prepared(corpus, vocabulary, statistics)
+    return PreparedText(corpus, vocabulary, statistics)
 
 
 def _check_files(recorded, present, split, remedy):

@@ -55,7 +55,7 @@ class AdditiveAttention(keras.layers.Layer):
         inputs: float `(B, L, D)`, target vectors.
         values_BSD: float, source vectors.
         key_BSA: float, `keys(values_BSD)`.
-        bias_BS: float32, `multi_head_attention.mask_bias` of the source.
+        bias_BS: float32, `multi_head.mask_bias` of the source.
 
     Returns:
         The mean of the values by weight, float `(B, L, D)`, and the weights,
@@ -95,7 +95,9 @@ class AdditiveAttention(keras.layers.Layer):
         query_BLA = ops.matmul(inputs, self.query_DA)
         scores = product_scores if self.form == "product" else sum_scores
         score_BLS = scores(query_BLA, key_BSA, self.scale_A)
-        weight_BLS = multi_head.weights(score_BLS, ops.expand_dims(bias_BS, 1))
+        weight_BLS = multi_head.attention_weights(
+            score_BLS, ops.expand_dims(bias_BS, 1)
+        )
         context_BLD = ops.matmul(
             ops.cast(weight_BLS, values_BSD.dtype), values_BSD
         )

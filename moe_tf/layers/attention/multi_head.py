@@ -34,7 +34,7 @@ def causal_bias(length):
     return mask_bias(position_L[None, :] <= position_L[:, None])[None, None]
 
 
-def weights(score, bias):
+def attention_weights(score, bias):
     """Softmax over the last axis of `score + bias`, float32 or wider."""
     wide = keras.backend.result_type(score.dtype, "float32")
     score = ops.cast(score, wide) + ops.cast(bias, wide)
@@ -73,7 +73,7 @@ def attend(query_BHLQ, key_BHSQ, value_BHSQ, bias):
     batch, num_heads, length, head_width = ops.shape(query_BHLQ)
     query_BHLQ = query_BHLQ / math.sqrt(head_width)
     score_BHLS = ops.matmul(query_BHLQ, ops.swapaxes(key_BHSQ, -1, -2))
-    weight_BHLS = weights(score_BHLS, bias)
+    weight_BHLS = attention_weights(score_BHLS, bias)
     y_BHLQ = ops.matmul(ops.cast(weight_BHLS, value_BHSQ.dtype), value_BHSQ)
     y_BLHQ = ops.transpose(y_BHLQ, (0, 2, 1, 3))
     return (

@@ -31,7 +31,7 @@ class AttentionLSTM(keras.layers.Layer):
         inputs: float `(B, L, D)`.
         values_BSD: float, source vectors.
         key_BSA: float, `attention.keys(values_BSD)`.
-        bias_BS: float32, `multi_head_attention.mask_bias` of the source.
+        bias_BS: float32, `multi_head.mask_bias` of the source.
 
     Returns:
         Float `(B, L, D)`.
@@ -117,7 +117,7 @@ class AttentionLSTM(keras.layers.Layer):
             context_BD = ops.squeeze(context_BLD, 1)
             both_BX = ops.concatenate([context_BD, r_BP], axis=-1)
             z_BG += ops.matmul(both_BX, both_XG)
-            h_BH, c_BH = projected_lstm.gates(_rows(z_BG), c_BH)
+            h_BH, c_BH = projected_lstm.apply_gates(_rows(z_BG), c_BH)
             weight_BS = ops.squeeze(weight_BLS, 1)
             return ops.matmul(h_BH, projection_HP), c_BH, weight_BS
 

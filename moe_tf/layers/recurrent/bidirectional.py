@@ -10,7 +10,7 @@ from moe_tf.layers.recurrent import mesh_lstm
 from moe_tf.layers.recurrent.projected_lstm import ProjectedLSTMCell
 
 
-def run(rnn, x_BLD, training=False):
+def run_rnn(rnn, x_BLD, training=False):
     """What `rnn`, an LSTM without biases, gives: float `(B, L, P)`."""
     if sharding.axes() is None:
         return rnn(x_BLD, training=training)
@@ -20,7 +20,7 @@ def run(rnn, x_BLD, training=False):
     return mesh_lstm.lstm(x_BLD, *kernels)
 
 
-def reverse(x_BLD, mask_BL):
+def reverse_sequences(x_BLD, mask_BL):
     """Reverses the words of each sequence; padding stays where it is.
 
     Args:
@@ -91,9 +91,13 @@ class BidirectionalLSTM(keras.layers.Layer):
             rnn.build(input_shape)
 
     def call(self, inputs, mask, training=False):
-        ahead_BLP = run(self.forward, inputs, training)
-        back_BLP = run(self.backward, reverse(inputs, mask), training)
-        return ops.concatenate([ahead_BLP, reverse(back_BLP, mask)], axis=-1)
+        ahead_BLP = run_rnn(self.forward, inputs, training)
+        back_BLP = run_rnn(
+            self.backward, reverse_sequences(inputs, mask), training
+        )
+        return ops.concatenate(
+            [ahead_BLP, reverse_sequences(back_BLP, mask)], axis=-1
+        )
 
     def compute_output_shape(self, input_shape):
         return input_shape

@@ -10,7 +10,7 @@ from keras import ops
 from moe_tf import checks
 
 
-def gates(z_BG, c_BH):
+def apply_gates(z_BG, c_BH):
     """The new output, before its projection, and the new memory."""
     i_BH, f_BH, g_BH, o_BH = ops.split(z_BG, 4, axis=-1)
     c_BH = ops.sigmoid(f_BH) * c_BH
@@ -80,7 +80,7 @@ class ProjectedLSTMCell(keras.layers.Layer):
         r_BP, c_BH = states
         z_BG = ops.matmul(inputs, self.kernel_IG)
         z_BG += ops.matmul(r_BP, self.recurrent_PG)
-        h_BH, c_BH = gates(z_BG, c_BH)
+        h_BH, c_BH = apply_gates(z_BG, c_BH)
         r_BP = ops.matmul(h_BH, self.projection_HP)
         return r_BP, [r_BP, c_BH]
 

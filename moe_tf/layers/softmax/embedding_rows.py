@@ -6,7 +6,7 @@ from keras import ops
 from moe_tf import sharding
 
 
-def all_ids(ids):
+def replicate_ids(ids):
     """Ids of rows that every device gathers: those of all devices.
 
     Args:

@@ -12,7 +12,7 @@ _CHUNK_BYTES = 64 * 2**20
 # Each chunk costs launches, and memory is plenty.
 _GPU_CHUNK_BYTES = 512 * 2**20
 # Logits that are kept for the gradient.
-KEPT_BYTES = 256 * 2**20
+MAX_SAVED_BYTES = 256 * 2**20
 
 
 def logits(features, kernel_VD, dtype):
@@ -31,7 +31,7 @@ def logits(features, kernel_VD, dtype):
     result = ops.einsum(
         f"{leading}D,VD->{leading}V", features, ops.cast(kernel_VD, dtype)
     )
-    return ops.cast(result, token_chunks.wide(dtype))
+    return ops.cast(result, token_chunks.logits_dtype(dtype))
 
 
 def log_sum_and_target(features_TD, kernel_VD, targets_T):
@@ -67,7 +67,7 @@ def full_nll(features_TD, kernel_VD, targets_T):
 def nll_and_target(features_TD, kernel_VD, targets_T):
     """`full_nll`, and the target's logit; quicker where logits are few.
 
-    Those of at most `KEPT_BYTES` are kept for the gradient, which would
+    Those of at most `MAX_SAVED_BYTES` are kept for the gradient, which would
     otherwise compute them a second time.
 
     Args:
@@ -90,7 +90,7 @@ def nll_and_target(features_TD, kernel_VD, targets_T):
 
     if sharding.axes() is not None:
         return chunked()
-    most = KEPT_BYTES // (4 * kernel_VD.shape[0])
+    most = MAX_SAVED_BYTES // (4 * kernel_VD.shape[0])
     if targets_T.shape[0] is None:
         return tf.cond(tf.size(targets_T) <= most, kept, chunked)
     return kept() if targets_T.shape[0] <= most else chunked()
@@ -101,7 +101,7 @@ def _kept_nll_and_target(features_TD, kernel_VD, targets_T):
     logits_TV = logits(features_TD, kernel_VD, dtype)
     nll_T = tf.nn.sparse_softmax_cross_entropy_with_logits(targets_T, logits_TV)
     rows_TD = ops.take(kernel_VD, targets_T, axis=0)
-    wide = token_chunks.wide(dtype)
+    wide = token_chunks.logits_dtype(dtype)
     target_T = ops.sum(
         ops.cast(features_TD, wide) * ops.cast(rows_TD, wide), axis=-1
     )

@@ -159,7 +159,7 @@ class SampledSoftmax(keras.layers.Layer):
 
     def compute_output_spec(self, inputs, targets, training=False):
         return keras.KerasTensor(
-            targets.shape, dtype=token_chunks.wide(self.compute_dtype)
+            targets.shape, dtype=token_chunks.logits_dtype(self.compute_dtype)
         )
 
     def get_config(self):
@@ -170,16 +170,16 @@ class SampledSoftmax(keras.layers.Layer):
         }
 
     def _sampled(self, x_TD, targets_T):
-        ids_J, targets_T = (  # see `mesh_rows.all_ids`
+        ids_J, targets_T = (  # see `embedding_rows.replicate_ids`
             ops.cast(ids, "int64") for ids in (self.draw(), targets_T)
         )
         ids = ops.concatenate(
-            [ids_J, embedding_rows.all_ids(targets_T)], axis=0
+            [ids_J, embedding_rows.replicate_ids(targets_T)], axis=0
         )
         rows = ops.cast(ops.take(self.kernel_VD, ids, axis=0), x_TD.dtype)
         rows_JD, rows_TD = rows[: self.num_sampled], rows[self.num_sampled :]
         rows_TD = embedding_rows.shard_rows(rows_TD)
-        wide = token_chunks.wide(self.compute_dtype)
+        wide = token_chunks.logits_dtype(self.compute_dtype)
         sampled_TJ = ops.cast(ops.einsum("TD,JD->TJ", x_TD, rows_JD), wide)
         target_T = ops.sum(ops.cast(x_TD, wide) * ops.cast(rows_TD, wide), -1)
         log_q = ops.cast(

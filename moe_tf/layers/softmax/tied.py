@@ -61,7 +61,9 @@ class WordSoftmax(keras.layers.Layer):
 
     def embed(self, tokens):
         """Rows of the table: int `(...)` to float `(..., D)`."""
-        rows = ops.take(self.kernel_VD, embedding_rows.all_ids(tokens), axis=0)
+        rows = ops.take(
+            self.kernel_VD, embedding_rows.replicate_ids(tokens), axis=0
+        )
         return embedding_rows.shard_rows(ops.cast(rows, self.compute_dtype))
 
     def losses_per_word(self, features, targets):
@@ -75,7 +77,7 @@ class WordSoftmax(keras.layers.Layer):
             Two of float32 `(...)` in nats: the negative log-likelihood of
             each target, and the mean of that of all classes.
         """
-        wide = token_chunks.wide(self.compute_dtype)
+        wide = token_chunks.logits_dtype(self.compute_dtype)
         x_TD = ops.reshape(features, (-1, features.shape[-1]))
         x_TD = ops.cast(x_TD, self.compute_dtype)
         targets_T = ops.reshape(ops.cast(targets, "int32"), (-1,))
@@ -92,7 +94,7 @@ class WordSoftmax(keras.layers.Layer):
     def compute_output_spec(self, inputs):
         return keras.KerasTensor(
             self.compute_output_shape(inputs.shape),
-            dtype=token_chunks.wide(self.compute_dtype),
+            dtype=token_chunks.logits_dtype(self.compute_dtype),
         )
 
     def get_config(self):

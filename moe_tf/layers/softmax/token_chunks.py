@@ -69,19 +69,19 @@ def _chunks(x_T, most):
     return ops.reshape(padded, (num_chunks, size, *x_T.shape[1:]))
 
 
-def wide(dtype):
+def logits_dtype(dtype):
     """The dtype of logits and sums: float32, or what is wider."""
     return keras.backend.result_type(dtype, "float32")
 
 
 def _logits(features_XD, weights_VD):
     logits_XV = ops.einsum("XD,VD->XV", features_XD, weights_VD)
-    return ops.cast(logits_XV, wide(weights_VD.dtype))
+    return ops.cast(logits_XV, logits_dtype(weights_VD.dtype))
 
 
 def _forward(features_NXD, weights_VD, targets_NX):
     """Log-partition and target logit of every token."""
-    sum_dtype = wide(weights_VD.dtype)
+    sum_dtype = logits_dtype(weights_VD.dtype)
 
     def one_chunk(chunk):
         features_XD, targets_X = chunk
@@ -99,7 +99,7 @@ def _forward(features_NXD, weights_VD, targets_NX):
 
 def _backward(features_NXD, weights_VD, targets_NX, log_sum_NX, upstreams_NX):
     """Gradients of the features and, summed over tokens, of the kernel."""
-    dtype, sum_dtype = weights_VD.dtype, wide(weights_VD.dtype)
+    dtype, sum_dtype = weights_VD.dtype, logits_dtype(weights_VD.dtype)
     vocabulary_size = weights_VD.shape[0]
     num_chunks = tf.shape(features_NXD)[0]
 

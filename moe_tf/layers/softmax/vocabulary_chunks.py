@@ -41,7 +41,9 @@ def log_sum_and_target(
     """
     wide = tf.float64 if features_TD.dtype == tf.float64 else tf.float32
     chunks = _chunks(features_TD.shape[0], kernel_VD.shape[0], chunk_bytes)
-    targets_T = tf.cast(targets_T, "int64")  # see `mesh_rows.all_ids`
+    targets_T = tf.cast(
+        targets_T, "int64"
+    )  # see `embedding_rows.replicate_ids`
 
     @tf.custom_gradient
     def run(features_TD, kernel_VD):

@@ -148,14 +148,14 @@ class LanguageModel(keras.Model):
         x_BLD = self.dropout(self._embed(tokens), training=training)
         for block in self.blocks:
             if isinstance(block, keras.layers.RNN):
-                y_BLD = bidirectional.run(block, x_BLD, training)
+                y_BLD = bidirectional.run_rnn(block, x_BLD, training)
             else:
                 y_BLD = _feed_forward(block, x_BLD, mask_BL, training)
             x_BLD += self.dropout(y_BLD, training=training)
         return x_BLD
 
     def _embed(self, tokens):
-        rows_BLD = self.embedding(embedding_rows.all_ids(tokens))
+        rows_BLD = self.embedding(embedding_rows.replicate_ids(tokens))
         return embedding_rows.shard_rows(rows_BLD)
 
     def initial_states(self, num_sequences):

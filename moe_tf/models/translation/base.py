@@ -141,7 +141,9 @@ class TranslationModel(keras.Model):
         """Rows of a table, or of the softmax's where there is none."""
         if table is None:
             return self.softmax.embed(tokens)
-        return embedding_rows.shard_rows(table(embedding_rows.all_ids(tokens)))
+        return embedding_rows.shard_rows(
+            table(embedding_rows.replicate_ids(tokens))
+        )
 
     def _make_experts(self, layer, name):
         return SparseMoE(

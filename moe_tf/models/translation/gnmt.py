@@ -203,7 +203,7 @@ class Gnmt(TranslationModel):
     def _add(self, layer, x_BLD, mask_BL, training):
         """The next layer with its dropout and residual."""
         if isinstance(layer, keras.layers.RNN):
-            y_BLD = recurrence.run(layer, x_BLD, training)
+            y_BLD = recurrence.run_rnn(layer, x_BLD, training)
         elif isinstance(layer, recurrence.BidirectionalLSTM):
             y_BLD = layer(x_BLD, mask=mask_BL, training=training)
         else:

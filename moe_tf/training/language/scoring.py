@@ -43,7 +43,7 @@ def score_lines(score, prepared, file) -> Iterator[Scored]:
     raw_lines = lines.bounded_lines(file)
     max_words = prepared.corpus.max_words
     while chunk := list(itertools.islice(raw_lines, LINES_AT_ONCE)):
-        reasons = [lines.why_unusable(raw, max_words) for raw in chunk]
+        reasons = [lines.reason_to_skip(raw, max_words) for raw in chunk]
         usable = [
             raw
             for raw, reason in zip(chunk, reasons, strict=True)

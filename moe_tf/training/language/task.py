@@ -77,11 +77,11 @@ class LanguageModelTask(Task):
             model.variant, width=model.width, k=model.k, gating=model.gating
         )
 
-    def prepare(self, workdir: str) -> preparation.Prepared:
+    def prepare(self, workdir: str) -> preparation.PreparedText:
         """The corpus, counted, and its vocabulary."""
-        return preparation.prepare(self.config.data, workdir)
+        return preparation.prepare_text(self.config.data, workdir)
 
-    def build(self, prepared: preparation.Prepared) -> NextWordScorer:
+    def build(self, prepared: preparation.PreparedText) -> NextWordScorer:
         """The compiled model, with its weights as the seed makes them."""
         train = self.config.train
         with self.scope():
@@ -104,7 +104,10 @@ class LanguageModelTask(Task):
         return scorer
 
     def batches(
-        self, prepared: preparation.Prepared, split: str, start_step: int = 0
+        self,
+        prepared: preparation.PreparedText,
+        split: str,
+        start_step: int = 0,
     ) -> tf.data.Dataset:
         """Batches of a split, for training from `start_step` on."""
         data = self.config.data
@@ -119,7 +122,9 @@ class LanguageModelTask(Task):
         )
         return self.shard(dataset)
 
-    def num_batches(self, prepared: preparation.Prepared, split: str) -> int:
+    def num_batches(
+        self, prepared: preparation.PreparedText, split: str
+    ) -> int:
         """Number of batches in one pass over a split."""
         data = self.config.data
         return batching.batches_per_pass(
@@ -133,7 +138,7 @@ class LanguageModelTask(Task):
         """What a run will hold and cost, before anything is allocated."""
         return dry_run.describe(self.variant(), self.config)
 
-    def describe_data(self, prepared: preparation.Prepared) -> list[str]:
+    def describe_data(self, prepared: preparation.PreparedText) -> list[str]:
         """A line for each split, and one for what training sees of it."""
         told = []
         for split, found in prepared.statistics.items():
@@ -151,7 +156,7 @@ class LanguageModelTask(Task):
     def evaluate(
         self,
         scorer: NextWordScorer,
-        prepared: preparation.Prepared,
+        prepared: preparation.PreparedText,
         split: str,
         clipped: bool = False,
     ) -> list[str]:
@@ -171,7 +176,7 @@ class LanguageModelTask(Task):
         ]
 
     def show(
-        self, scorer: NextWordScorer, prepared: preparation.Prepared
+        self, scorer: NextWordScorer, prepared: preparation.PreparedText
     ) -> list[str]:
         """Sentences of the trained model, told after training."""
         return [f"sample: {text}" for text in self.sample(scorer, prepared)]
@@ -180,7 +185,7 @@ class LanguageModelTask(Task):
         self,
         scorer: NextWordScorer,
         sentences: list[bytes],
-        prepared: preparation.Prepared,
+        prepared: preparation.PreparedText,
     ):
         """A batch of up to 64 sentences, and its negative log-likelihoods."""
         if self.strategy is None:
@@ -192,7 +197,7 @@ class LanguageModelTask(Task):
         return batch, meshes.score(scorer, self.strategy, batch[0])
 
     def sample(
-        self, scorer: NextWordScorer, prepared: preparation.Prepared
+        self, scorer: NextWordScorer, prepared: preparation.PreparedText
     ) -> list[str]:
         """Sentences drawn from the model, as `config.sample` says."""
         sample = self.config.sample

@@ -100,7 +100,7 @@ def translate_lines(
 def _why_unusable(raw, max_pieces):
     if raw is not None and len(raw) > max_pieces * _MOST_BYTES_A_PIECE:
         return TOO_LONG
-    return lines.why_unusable(raw, lines.LONGEST_LINE)
+    return lines.reason_to_skip(raw, lines.MAX_LINE_BYTES)
 
 
 def all_best(translator, texts, language, batch_size) -> list[str]:

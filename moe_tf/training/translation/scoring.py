@@ -66,7 +66,7 @@ def score_lines(
 
 def _sides(raw):
     """Source and target of a line, or why it cannot be scored."""
-    if reason := lines.why_unusable(raw, lines.LONGEST_LINE):
+    if reason := lines.reason_to_skip(raw, lines.MAX_LINE_BYTES):
         return reason
     source, tab, target = raw.strip(b"\r\n").partition(b"\t")
     if not tab:

@@ -65,7 +65,7 @@ class TranslationTask(Task):
 
     def prepare(self, workdir: str) -> preparation.PreparedPairs:
         """The corpus, cut into wordpieces."""
-        return preparation.prepare(self.config.data, workdir)
+        return preparation.prepare_pairs(self.config.data, workdir)
 
     def describe_data(self, prepared: preparation.PreparedPairs) -> list[str]:
         """A line for each pair and split, and one for the passes."""

@@ -20,14 +20,14 @@ def prepared(tmp_path_factory):
     """Three language pairs, two target languages among English."""
     folder = tmp_path_factory.mktemp("three")
     config = files.write(folder, SIZES)
-    return preparation.prepare(config, str(folder / "run"))
+    return preparation.prepare_pairs(config, str(folder / "run"))
 
 
 @pytest.fixture(scope="module")
 def one_pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     config = files.write(folder, {"en-de": (90, 9, 20)})
-    return preparation.prepare(config, str(folder / "run"))
+    return preparation.prepare_pairs(config, str(folder / "run"))
 
 
 def weighted(prepared, **weights):
@@ -95,11 +95,11 @@ def test_lengths_climb_by_a_third_and_a_half():
 
 
 def test_rows_fill_a_batch_and_keep_to_the_multiple():
-    assert batch_plan.num_rows(24, 384) == 16
-    assert batch_plan.num_rows(24, 400, 8) == 16
-    assert batch_plan.num_rows(24, 384, 10) == 10
-    assert batch_plan.num_rows(512, 384) == 1
-    assert batch_plan.num_rows(512, 384, 8) == 8
+    assert batch_plan.rows_per_batch(24, 384) == 16
+    assert batch_plan.rows_per_batch(24, 400, 8) == 16
+    assert batch_plan.rows_per_batch(24, 384, 10) == 10
+    assert batch_plan.rows_per_batch(512, 384) == 1
+    assert batch_plan.rows_per_batch(512, 384, 8) == 8
 
 
 @pytest.mark.parametrize("fixture", ["one_pair", "prepared"])
@@ -121,7 +121,7 @@ def test_evaluation_has_every_pair_once(request, fixture, split, rows_multiple):
     assert lengths == sorted(lengths)
     shapes = {targets.shape for _, targets, _ in found}
     assert shapes == {
-        (batch_plan.num_rows(length, 96, rows_multiple), length)
+        (batch_plan.rows_per_batch(length, 96, rows_multiple), length)
         for length in lengths
     }
     same(found, numpy_of(dataset))  # and in the same order again
@@ -178,7 +178,7 @@ def test_a_long_pair_is_a_batch_of_its_own(tmp_path):
     for language in ("en", "de"):
         path = tmp_path / f"test.en-de.{language}"
         path.write_text(path.read_text() + f"{long}\n")
-    prepared = preparation.prepare(config, str(tmp_path / "run"))
+    prepared = preparation.prepare_pairs(config, str(tmp_path / "run"))
     *_, (inputs, targets, _) = numpy_of(batching.batches(prepared, "test", 96))
     assert targets.shape[0] == 1
     assert targets.shape[1] == batch_plan.padded_length(
@@ -226,7 +226,7 @@ def test_order_depends_on_the_seed_and_nothing_else(prepared):
 
 def test_the_stream_is_what_it_was():
     """A change of the order would make resumed runs repeat text."""
-    plan = batch_plan.Plan(held([(3, 3)] * 9), "train", 24, None, None)
+    plan = batch_plan.BatchPlan(held([(3, 3)] * 9), "train", 24, None, None)
     found = itertools.islice(plan.training(7, 0), 6)
     assert [batch.numbers.tolist() for batch in found] == [
         [2, 1, 6],
@@ -254,8 +254,8 @@ def test_a_later_start_is_the_tail_of_the_stream(prepared, weights):
 
 def test_weights_are_shares_and_leave_nothing_out(prepared):
     prepared = weighted(prepared, en_de=1, fr_en=2, en_fr=0.02)
-    plan = batch_plan.Plan(prepared, "train", 96, None, None)
-    passes = [plan.drawn(3, index) for index in range(8)]
+    plan = batch_plan.BatchPlan(prepared, "train", 96, None, None)
+    passes = [plan.pairs_of_pass(3, index) for index in range(8)]
     total = sum(counts[0] for counts in SIZES.values())
     drawn = np.concatenate(passes)
     assert abs(len(drawn) - 8 * total) <= 2
@@ -273,11 +273,13 @@ def test_weights_are_shares_and_leave_nothing_out(prepared):
 def test_default_weights_are_the_numbers_of_sentences(prepared):
     counts = {"en_de": 150, "fr_en": 40, "en_fr": 3}
     plans = [
-        batch_plan.Plan(found, "train", 96, None, None)
+        batch_plan.BatchPlan(found, "train", 96, None, None)
         for found in (prepared, weighted(prepared, **counts))
     ]
     for index in range(3):
-        np.testing.assert_array_equal(*(plan.drawn(1, index) for plan in plans))
+        np.testing.assert_array_equal(
+            *(plan.pairs_of_pass(1, index) for plan in plans)
+        )
 
 
 @hypothesis.settings(deadline=None, max_examples=25)
@@ -294,7 +296,7 @@ def test_default_weights_are_the_numbers_of_sentences(prepared):
 def test_any_lengths_make_full_passes(
     tmp_path_factory, lengths, batch_tokens, rows_multiple, seed
 ):
-    plan = batch_plan.Plan(
+    plan = batch_plan.BatchPlan(
         held(lengths), "train", batch_tokens, None, rows_multiple
     )
     stream = plan.training(seed, 0)

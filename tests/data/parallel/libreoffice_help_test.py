@@ -107,7 +107,7 @@ def read(folder, name):
 
 def test_paragraphs_align_by_page_and_id(packages, tmp_path):
     out = str(tmp_path / "out")
-    libreoffice_help.make(["de", "pt-BR"], out, str(packages))
+    libreoffice_help.write_corpus(["de", "pt-BR"], out, str(packages))
     assert libreoffice_help.languages_of(out) == ["de", "en", "pt-BR"]
     # Files before folders, and `main-more.html` before `main.html`.
     assert read(out, "en.txt.gz") == [
@@ -147,26 +147,26 @@ def test_pages_are_held_out_by_their_name():
 
 def test_what_is_there_is_not_made_again(packages, tmp_path):
     out = str(tmp_path / "out")
-    libreoffice_help.make(["de"], out, str(packages))
+    libreoffice_help.write_corpus(["de"], out, str(packages))
     before = os.stat(f"{out}/de.txt.gz").st_mtime_ns
-    libreoffice_help.make(["de", "en"], out, "no such folder")
+    libreoffice_help.write_corpus(["de", "en"], out, "no such folder")
     assert os.stat(f"{out}/de.txt.gz").st_mtime_ns == before
 
 
 def test_another_language_makes_all_anew(packages, tmp_path):
     out = str(tmp_path / "out")
-    libreoffice_help.make(["de"], out, str(packages))
+    libreoffice_help.write_corpus(["de"], out, str(packages))
     os.remove(packages / "libreoffice-help-en-us_4%3a7.4_all.deb")
     fewer = {"swriter/main": ENGLISH["swriter/main"]}
     help_package(packages, "en-US", fewer, version="7.5")
-    libreoffice_help.make(["pt-BR"], out, str(packages))
+    libreoffice_help.write_corpus(["pt-BR"], out, str(packages))
     for name in ("en", "de", "pt-BR"):
         assert len(read(out, f"{name}.txt.gz")) == 3
 
 
 def test_a_folder_cut_short_is_made_again(packages, tmp_path, monkeypatch):
     out = str(tmp_path / "out")
-    libreoffice_help.make(["de"], out, str(packages))
+    libreoffice_help.write_corpus(["de"], out, str(packages))
     write = libreoffice_help._write_lines
 
     def fail(path, lines):
@@ -176,11 +176,11 @@ def test_a_folder_cut_short_is_made_again(packages, tmp_path, monkeypatch):
 
     monkeypatch.setattr(libreoffice_help, "_write_lines", fail)
     with pytest.raises(OSError, match="No space left"):
-        libreoffice_help.make(["pt-BR"], out, str(packages))
+        libreoffice_help.write_corpus(["pt-BR"], out, str(packages))
     with pytest.raises(FileNotFoundError, match="`data.path`"):
         libreoffice_help.check_language("de", out)
     monkeypatch.undo()
-    libreoffice_help.make(["de"], out, str(packages))
+    libreoffice_help.write_corpus(["de"], out, str(packages))
     libreoffice_help.check_language("de", out)
 
 
@@ -221,28 +221,30 @@ def test_what_apt_get_says_is_told(tmp_path, monkeypatch, capsys):
 def test_a_machine_without_apt_get_is_told_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="apt-get.*--packages"):
-        libreoffice_help.make(["de"], str(tmp_path / "out"))
+        libreoffice_help.write_corpus(["de"], str(tmp_path / "out"))
 
 
 def test_slovak_is_refused(tmp_path):
     with pytest.raises(ValueError, match="'sk'.*Czech"):
-        libreoffice_help.make(["de", "sk"], str(tmp_path / "out"))
+        libreoffice_help.write_corpus(["de", "sk"], str(tmp_path / "out"))
 
 
 def test_a_missing_or_doubled_package_is_named(packages, tmp_path):
     out = str(tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="libreoffice-help-fr"):
-        libreoffice_help.make(["fr"], out, str(packages))
+        libreoffice_help.write_corpus(["fr"], out, str(packages))
     help_package(packages, "de", {}, version="7.5")
     with pytest.raises(ValueError, match="several versions.*-de"):
-        libreoffice_help.make(["de"], out, str(packages))
+        libreoffice_help.write_corpus(["de"], out, str(packages))
 
 
 def test_a_package_of_another_layout_is_refused(packages, tmp_path):
     path = packages / "libreoffice-help-en-us_4%3a7.4_all.deb"
     package(path, {"usr/share/doc/readme": "x"})
     with pytest.raises(ValueError, match="en-us.*its layout is another"):
-        libreoffice_help.make(["de"], str(tmp_path / "out"), str(packages))
+        libreoffice_help.write_corpus(
+            ["de"], str(tmp_path / "out"), str(packages)
+        )
 
 
 @pytest.mark.parametrize("size", [0, 5, 70, 200, -9])
@@ -250,7 +252,7 @@ def test_a_cut_off_package_is_named(packages, size):
     path = packages / "libreoffice-help-de_4%3a7.4_all.deb"
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(ValueError, match="libreoffice-help-de.*again"):
-        list(debian_packages.read(str(path)))
+        list(debian_packages.read_files(str(path)))
 
 
 def test_a_compression_that_cannot_be_read_is_said(tmp_path):
@@ -263,4 +265,4 @@ def test_a_compression_that_cannot_be_read_is_said(tmp_path):
     with pytest.raises(
         ValueError, match="(?s)a_1_all.deb cannot be read.*zstd"
     ):
-        list(debian_packages.read(path))
+        list(debian_packages.read_files(path))

@@ -52,7 +52,7 @@ def decoded(prepared, split, name):
 
 
 def test_every_split_is_encoded_and_counted(config, workdir):
-    prepared = preparation.prepare(config, workdir)
+    prepared = preparation.prepare_pairs(config, workdir)
     assert prepared.wordpieces.size == 80
     assert prepared.wordpieces.languages == ("de", "en")
     for split, name, count in (
@@ -85,13 +85,13 @@ def test_unknown_characters_are_counted(config, workdir, tmp_path):
     path = tmp_path / "validation.en-de.de"
     rows = path.read_text().split("\n")
     path.write_text("\n".join(["日本 katze 日", *rows[1:]]))
-    prepared = preparation.prepare(config, workdir)
+    prepared = preparation.prepare_pairs(config, workdir)
     assert prepared.statistics["validation"]["en-de"].unknown_pieces == 2
 
 
 def test_languages_have_symbols_only_if_there_are_several(config, workdir):
     config.pairs = "en-de"
-    prepared = preparation.prepare(config, workdir)
+    prepared = preparation.prepare_pairs(config, workdir)
     assert prepared.wordpieces.languages == ()
     assert prepared.source_prefix() == prepared.source_prefix("de") == ()
     with pytest.raises(ValueError, match=r"`language`.*\['de'\].*'en'"):
@@ -99,7 +99,7 @@ def test_languages_have_symbols_only_if_there_are_several(config, workdir):
 
 
 def test_a_language_must_be_named_if_there_are_several(config, workdir):
-    prepared = preparation.prepare(config, workdir)
+    prepared = preparation.prepare_pairs(config, workdir)
     assert prepared.source_prefix("en") == (5,)
     for wrong in (None, "fr"):
         with pytest.raises(ValueError, match=r"`language`.*\['de', 'en'\]"):
@@ -112,9 +112,9 @@ def test_long_pairs_are_left_out_of_training_alone(
 ):
     config.pairs = names
     has_symbol = "," in names
-    whole = preparation.prepare(config, f"{workdir}/whole")
+    whole = preparation.prepare_pairs(config, f"{workdir}/whole")
     config.max_pieces = 20
-    prepared = preparation.prepare(config, f"{workdir}/short")
+    prepared = preparation.prepare_pairs(config, f"{workdir}/short")
     lengths = whole.stores["train"]["en-de"].lengths
     fits = (lengths[:, 0] + has_symbol < 20) & (lengths[:, 1] < 20)
     assert 5 < fits.sum() < 55
@@ -142,19 +142,19 @@ def test_long_pairs_are_left_out_of_training_alone(
 def test_a_limit_that_leaves_nothing_is_refused(config, workdir):
     config.max_pieces = 2
     with pytest.raises(ValueError, match="`data.max_pieces`=2 leaves no pair"):
-        preparation.prepare(config, workdir)
+        preparation.prepare_pairs(config, workdir)
     config.max_pieces = 1
     with pytest.raises(
         ValueError, match="`data.max_pieces` must be.* at least 2"
     ):
-        preparation.prepare(config, workdir)
+        preparation.prepare_pairs(config, workdir)
 
 
 def test_chunks_do_not_show(config, workdir, monkeypatch):
     config.max_pieces = 30
-    whole = preparation.prepare(config, f"{workdir}/whole")
+    whole = preparation.prepare_pairs(config, f"{workdir}/whole")
     monkeypatch.setattr(preparation, "_CHUNK", 7)
-    chunked = preparation.prepare(config, f"{workdir}/chunked")
+    chunked = preparation.prepare_pairs(config, f"{workdir}/chunked")
     assert chunked.statistics == whole.statistics
     assert whole.statistics["train"]["en-de"].skipped["too_many_pieces"]
     for name in ("en-de.train.ids", "fr-en.train.lengths"):
@@ -166,10 +166,10 @@ def test_chunks_do_not_show(config, workdir, monkeypatch):
 
 
 def test_the_second_call_loads_without_encoding(config, workdir, monkeypatch):
-    first = preparation.prepare(config, workdir)
+    first = preparation.prepare_pairs(config, workdir)
     monkeypatch.setattr(wordpieces.Wordpieces, "encode_lines", None)
     monkeypatch.setattr(wordpieces.Wordpieces, "learn", None)
-    second = preparation.prepare(config, workdir)
+    second = preparation.prepare_pairs(config, workdir)
     assert second.statistics == first.statistics
     assert second.wordpieces.model == first.wordpieces.model
     for split in ("train", "validation", "test"):
@@ -177,21 +177,23 @@ def test_the_second_call_loads_without_encoding(config, workdir, monkeypatch):
 
 
 def test_statistics_survive_json(config, workdir):
-    for by_pair in preparation.prepare(config, workdir).statistics.values():
+    for by_pair in preparation.prepare_pairs(
+        config, workdir
+    ).statistics.values():
         for found in by_pair.values():
             fields = json.loads(json.dumps(found.to_json()))
             assert preparation.PairStatistics.from_json(fields) == found
 
 
 def test_a_moved_run_still_loads(config, workdir, tmp_path):
-    first = preparation.prepare(config, workdir)
+    first = preparation.prepare_pairs(config, workdir)
     shutil.move(workdir, tmp_path / "moved")
-    again = preparation.prepare(config, str(tmp_path / "moved"))
+    again = preparation.prepare_pairs(config, str(tmp_path / "moved"))
     assert again.statistics == first.statistics
 
 
 def test_a_run_cut_short_begins_again(config, workdir, monkeypatch):
-    want = preparation.prepare(config, f"{workdir}/whole")
+    want = preparation.prepare_pairs(config, f"{workdir}/whole")
 
     def stop(*arguments):
         raise KeyboardInterrupt
@@ -199,10 +201,10 @@ def test_a_run_cut_short_begins_again(config, workdir, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(preparation, "_write_record", stop)
         with pytest.raises(KeyboardInterrupt):
-            preparation.prepare(config, workdir)
+            preparation.prepare_pairs(config, workdir)
     with open(f"{workdir}/pairs/en-de.train.ids", "wb") as file:
         file.write(b"half")
-    prepared = preparation.prepare(config, workdir)
+    prepared = preparation.prepare_pairs(config, workdir)
     assert prepared.statistics == want.statistics
     assert decoded(prepared, "train", "en-de") == decoded(
         want, "train", "en-de"
@@ -227,11 +229,11 @@ def test_a_full_disk_is_said_with_the_file(config, workdir, monkeypatch):
 
     monkeypatch.setattr(files, "replace", full)
     with pytest.raises(OSError, match="No space left.*fr-en.train"):
-        preparation.prepare(config, workdir)
+        preparation.prepare_pairs(config, workdir)
     assert not os.path.exists(f"{workdir}/data.json")
     assert not [n for n in os.listdir(f"{workdir}/pairs") if "tmp" in n]
     monkeypatch.undo()
-    assert preparation.prepare(config, workdir).statistics
+    assert preparation.prepare_pairs(config, workdir).statistics
 
 
 def test_held_out_text_is_checked_before_long_work(
@@ -241,7 +243,7 @@ def test_held_out_text_is_checked_before_long_work(
         file.write("une de plus\n")
     monkeypatch.setattr(wordpieces.Wordpieces, "learn", None)
     with pytest.raises(ValueError, match="`data.test`.*7 lines and .* of 6"):
-        preparation.prepare(config, workdir)
+        preparation.prepare_pairs(config, workdir)
     assert not os.path.exists(workdir)
 
 
@@ -255,16 +257,16 @@ def test_held_out_text_is_checked_before_long_work(
     ],
 )
 def test_another_setting_is_refused(config, workdir, field, value, message):
-    preparation.prepare(config, workdir)
+    preparation.prepare_pairs(config, workdir)
     config[field] = value
     with pytest.raises(ValueError, match=message):
-        preparation.prepare(config, workdir)
+        preparation.prepare_pairs(config, workdir)
 
 
 def test_other_weights_are_fine(config, workdir):
-    preparation.prepare(config, workdir)
+    preparation.prepare_pairs(config, workdir)
     config.pairs = "en-de:1,fr-en:3"
-    prepared = preparation.prepare(config, workdir)
+    prepared = preparation.prepare_pairs(config, workdir)
     assert [pair.weight for pair in prepared.corpus.pairs] == [1, 3]
 
 
@@ -272,11 +274,11 @@ def test_other_weights_are_fine(config, workdir):
     "name", ["train.en-de.en", "validation.fr-en.en", "test.en-de.de"]
 )
 def test_a_changed_source_is_refused(config, workdir, tmp_path, name):
-    preparation.prepare(config, workdir)
+    preparation.prepare_pairs(config, workdir)
     with open(tmp_path / name, "a") as file:
         file.write("more\n")
     with pytest.raises(ValueError, match=f"{name} of the .* has changed"):
-        preparation.prepare(config, workdir)
+        preparation.prepare_pairs(config, workdir)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +290,7 @@ def test_a_changed_source_is_refused(config, workdir, tmp_path, name):
     ],
 )
 def test_a_changed_file_of_the_run_is_refused(config, workdir, name, message):
-    prepared = preparation.prepare(config, workdir)
+    prepared = preparation.prepare_pairs(config, workdir)
     if name == "wordpieces.model":
         other = wordpieces.Wordpieces.learn(
             [b"an other text of some more words"], 40
@@ -298,11 +300,11 @@ def test_a_changed_file_of_the_run_is_refused(config, workdir, name, message):
         with open(f"{workdir}/{name}", "ab") as file:
             file.write(b"0")
     with pytest.raises(ValueError, match=message):
-        preparation.prepare(config, workdir)
+        preparation.prepare_pairs(config, workdir)
     del prepared
     os.remove(f"{workdir}/{name}")
     with pytest.raises((ValueError, FileNotFoundError), match=name[-9:]):
-        preparation.prepare(config, workdir)
+        preparation.prepare_pairs(config, workdir)
 
 
 def test_the_folder_of_another_task_is_refused(config, workdir):
@@ -310,7 +312,7 @@ def test_the_folder_of_another_task_is_refused(config, workdir):
     with open(f"{workdir}/data.json", "w") as file:
         json.dump({"settings": {"max_words": 3}, "vocabulary": {}}, file)
     with pytest.raises(ValueError, match="not of a run with sentence pairs"):
-        preparation.prepare(config, workdir)
+        preparation.prepare_pairs(config, workdir)
 
 
 @pytest.mark.parametrize("size,dtype", [(65536, "<u2"), (65537, "<u4")])

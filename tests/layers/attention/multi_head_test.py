@@ -80,7 +80,7 @@ def test_steps_equal_the_whole_sequence(dtype):
 
 def test_padding_alone_gives_numbers():
     bias = multi_head.mask_bias(np.zeros((1, 4), bool))
-    weights = multi_head.weights(draw(1, 4), bias)
+    weights = multi_head.attention_weights(draw(1, 4), bias)
     assert np.isfinite(weights).all()
 
 

@@ -17,7 +17,7 @@ def draw(*shape, seed=0):
 
 def test_reverse_turns_each_row_by_its_own_length():
     x_BLD = draw(4, 5, 2)
-    got = np.asarray(bidirectional.reverse(x_BLD, MASK_BL))
+    got = np.asarray(bidirectional.reverse_sequences(x_BLD, MASK_BL))
     for row, length in enumerate(LENGTHS):
         np.testing.assert_array_equal(
             got[row, :length], x_BLD[row, :length][::-1]
@@ -29,9 +29,12 @@ def test_the_gradient_of_reverse_is_that_of_a_gather():
     x_BLD, upstream = tf.constant(draw(4, 5, 2)), draw(4, 5, 2, seed=1)
     with tf.GradientTape() as tape:
         tape.watch(x_BLD)
-        loss = tf.reduce_sum(bidirectional.reverse(x_BLD, MASK_BL) * upstream)
+        loss = tf.reduce_sum(
+            bidirectional.reverse_sequences(x_BLD, MASK_BL) * upstream
+        )
     np.testing.assert_array_equal(
-        tape.gradient(loss, x_BLD), bidirectional.reverse(upstream, MASK_BL)
+        tape.gradient(loss, x_BLD),
+        bidirectional.reverse_sequences(upstream, MASK_BL),
     )
 
 

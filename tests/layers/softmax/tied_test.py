@@ -39,7 +39,7 @@ def make(dtype):
 @pytest.fixture(params=[0, 2**20])
 def kept_bytes(request, monkeypatch):
     """Both ways to the losses, whatever their size."""
-    monkeypatch.setattr(full, "KEPT_BYTES", request.param)
+    monkeypatch.setattr(full, "MAX_SAVED_BYTES", request.param)
 
 
 @pytest.mark.usefixtures("kept_bytes")
