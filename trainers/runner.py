@@ -50,7 +50,7 @@ def run(make_task, modes):
         try:
             # Devices are made before TensorFlow starts; a dry run needs none.
             dry = mode.value == "dry_run"
-            strategy = None if dry else meshes.strategy(config)
+            strategy = None if dry else meshes.make_strategy(config)
             python_logging.getLogger("tensorflow").addFilter(_is_news)
             task = make_task(config, strategy)
             keras.utils.set_random_seed(config.seed)

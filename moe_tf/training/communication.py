@@ -1,132 +1,150 @@
-"""What a mesh holds and sends, computed before there is one.
+"""Sizes of what each device of a mesh holds and sends, from a config alone.
 
-Ring algorithms: of `size` bytes that `n` devices reduce, each sends
-`2 (n - 1) / n * size`; gathered or exchanged, `(n - 1) / n` of the result.
+Collectives are counted as ring algorithms. To all-reduce `size` bytes over
+`n` devices, each device sends `2 (n - 1) / n * size` bytes. To all-gather or
+exchange a result of `size` bytes, each device sends `(n - 1) / n * size`.
 """
 
 import math
+from typing import NamedTuple
 
 from moe_tf import sharding
 from moe_tf.dispatch import capacity
 from moe_tf.distribute import layout_map
 from moe_tf.models import layer_specs
-from moe_tf.models.language import variants as language_variants
-from moe_tf.models.translation import variants as translation_variants
 from moe_tf.routing import expert_choice
 
-_BYTES = 4  # weights, gradients and, but under 16-bit policies, activations
+# Weights and gradients are float32. So are activations, except under 16-bit
+# policies.
+_BYTES = 4
 
 
-def kernels(shapes, mixtures, width, axes):
-    """The kernels of a model on a mesh.
+class Kernel(NamedTuple):
+    """A kernel and its layout on a mesh.
+
+    Attributes:
+        shape: tuple of ints, of the whole kernel.
+        layout: tuple with the mesh axis that shards each dimension, or None.
+    """
+
+    shape: tuple[int, ...]
+    layout: tuple[str | None, ...]
+
+    @property
+    def is_sharded(self) -> bool:
+        return any(self.layout)
+
+    def shard_shape(self, axes: dict[str, int]) -> tuple[int, ...]:
+        """Returns the shape of the part that one device holds."""
+        return tuple(
+            size // axes[axis] if axis else size
+            for size, axis in zip(self.shape, self.layout, strict=True)
+        )
+
+
+def kernel_layouts(
+    shapes: list[tuple[int, ...]],
+    expert_layers: list[layer_specs.Experts],
+    width: int,
+    axes: dict[str, int],
+) -> list[Kernel]:
+    """Lays the kernels of a model out on a mesh.
 
     Args:
-        shapes: those of all kernels.
-        mixtures: the model's layers of experts, as data.
-        width: int, of the model.
-        axes: dict from name to size.
-
-    Returns:
-        list of `(shape, layout)`; a layout is a tuple of axes and None.
+        shapes: shapes of all kernels.
+        expert_layers: the model's layers of experts.
+        width: the model's width.
+        axes: the mesh's axes by size.
     """
-    expert = layout_map.default_layout_map(axes).match(
+    sharded = layout_map.default_layout_map(axes).match(
         "experts/expert_in_kernel"
     )[1]
-    found = []
-    for shape in shapes:
-        is_expert = any(
-            shape[0] == layer.num_experts
-            and sorted(shape[1:]) == sorted((width, layer.hidden_units))
-            for layer in mixtures
-            if len(shape) == 3
+    expert_shapes = set()
+    for layer in expert_layers:
+        sizes = width, layer.hidden_units
+        expert_shapes.add((layer.num_experts, *sizes))
+        expert_shapes.add((layer.num_experts, *reversed(sizes)))
+    return [
+        Kernel(
+            shape, sharded if shape in expert_shapes else (None,) * len(shape)
         )
-        found.append((shape, expert if is_expert else (None,) * len(shape)))
-    return found
+        for shape in shapes
+    ]
 
 
-def per_device(shape, layout, axes):
-    """Numbers of a kernel that one device holds."""
-    return math.prod(shape) // math.prod(axes[axis] for axis in layout if axis)
+def token_bytes_sent(
+    layer: layer_specs.Experts,
+    width: int,
+    batch_tokens: int,
+    config,
+    axes: dict[str, int],
+) -> int:
+    """Returns the bytes that a device sends for a layer's tokens in a step.
 
+    On a mesh of one axis, a step has four all-to-alls, two of them backward,
+    of the slots that a device has for all experts. On a mesh with an axis
+    `expert`, the devices along this axis have the same tokens. Slots then
+    reach the experts without an exchange, and the outputs are all-gathered
+    once forward and once backward.
 
-def sent_for_tokens(layer, width, batch_tokens, config, axes):
-    """Bytes that a device sends for the tokens of one layer in a step.
-
-    On one axis these are four all-to-alls, two of them backward, of the slots
-    that a device has for all experts. With an axis `expert` devices along it
-    have the same tokens: slots need no exchange on their way to the experts,
-    and two times, forward and backward, answers are gathered.
+    Args:
+        layer: the layer of experts.
+        width: the model's width.
+        batch_tokens: tokens of a batch.
+        config: the run's config.
+        axes: the mesh's axes by size.
     """
     batch, size = axes["batch"], axes[sharding.expert_axis(axes)]
-    groups = config.model.num_groups or batch
-    slots = _slots(layer, batch_tokens // groups, config.model.capacity_factor)
-    held = groups * layer.num_experts * slots * width * _BYTES // batch
-    times = 2 if "expert" in axes else 4
-    return times * held * (size - 1) // size
+    num_groups = config.model.num_groups or batch
+    slots = _slots_per_expert(
+        layer, batch_tokens // num_groups, config.model.capacity_factor
+    )
+    held = num_groups * layer.num_experts * slots * width * _BYTES // batch
+    num_collectives = 2 if "expert" in axes else 4
+    return num_collectives * held * (size - 1) // size
 
 
-def _slots(layer, tokens, capacity_factor):
-    """Slots of a group of tokens at every expert, in training."""
+def gradient_bytes_sent(
+    kernels: list[Kernel],
+    reduced_values: int,
+    gathered_values: int,
+    axes: dict[str, int],
+) -> int:
+    """Returns the bytes that a device sends to sum gradients in a step.
+
+    The gradient of a kernel is all-reduced over `batch`, unless the kernel is
+    sharded along this axis.
+
+    Args:
+        kernels: the kernels whose gradients are dense.
+        reduced_values: further values of gradients that are all-reduced.
+        gathered_values: values of gradients that are all-gathered, as rows of
+            an embedding are.
+        axes: the mesh's axes by size.
+    """
+    reduced_values += sum(
+        math.prod(kernel.shard_shape(axes))
+        for kernel in kernels
+        if "batch" not in kernel.layout
+    )
+    size = axes["batch"]
+    sent = (2 * reduced_values + gathered_values) * (size - 1)
+    return sent * _BYTES // size
+
+
+def _slots_per_expert(layer, num_tokens, capacity_factor):
+    """Slots that a group of tokens has at each expert, in training."""
     if capacity_factor is not None:
         return capacity.expert_capacity(
-            tokens * layer.experts_per_word, layer.num_experts, capacity_factor
+            num_tokens * layer.experts_per_word,
+            layer.num_experts,
+            capacity_factor,
         )
     if layer.gating == "batchwise":
-        # Experts take equally many, in two levels of those of their group.
-        for number in layer.branching or (layer.num_experts,):
-            tokens = expert_choice.tokens_per_expert(tokens, layer.k, number)
-    return tokens  # an expert may be chosen by all
-
-
-def sent_for_gradients(variant, config, axes):
-    """Bytes that a device sends to sum a language model's gradients.
-
-    Those of embedding and sampled softmax are gathered as rows of words; the
-    drawn rows, the whole softmax and all other kernels are reduced.
-    """
-    width, vocabulary_size = variant.width, config.data.vocabulary_size
-    _, softmax, *others = language_variants.kernel_shapes(
-        variant, vocabulary_size
-    )
-    words = config.data.batch_words * width
-    sampled = config.model.num_sampled
-    if sampled is None or sampled >= vocabulary_size:
-        others, drawn, gathered = [softmax, *others], 0, words
-    else:
-        drawn, gathered = sampled * width, 2 * words
-    mixtures = layer_specs.mixtures(variant.layers)
-    found = kernels(others, mixtures, width, axes)
-    return _sent(_reduced(found, axes) + drawn, gathered, axes)
-
-
-def sent_for_translation_gradients(variant, config, axes):
-    """The same of a translation model.
-
-    Gradients of both sides' embeddings are gathered as rows of wordpieces.
-    """
-    width = variant.width
-    shapes = translation_variants.kernel_shapes(
-        variant, config.data.vocabulary_size
-    )
-    if not variant.tie_embeddings:
-        shapes = shapes[2:]  # without source and target embedding
-    mixtures = layer_specs.mixtures(variant.layers)
-    found = kernels(shapes, mixtures, width, axes)
-    # Besides the kernels, the mean row of the softmax, for label smoothing.
-    reduced = _reduced(found, axes) + width
-    gathered = 2 * config.data.batch_tokens * width
-    return _sent(reduced, gathered, axes)
-
-
-def _reduced(kernels, axes):
-    """Numbers that are summed over `batch`, those of its experts not."""
-    return sum(
-        per_device(shape, layout, axes)
-        for shape, layout in kernels
-        if "batch" not in layout
-    )
-
-
-def _sent(reduced, gathered, axes):
-    size = axes["batch"]
-    return (2 * reduced + gathered) * _BYTES * (size - 1) // size
+        # Experts take equally many tokens. On two levels each expert chooses
+        # among the tokens of its branch.
+        for num_choosers in layer.branching or (layer.num_experts,):
+            num_tokens = expert_choice.tokens_per_expert(
+                num_tokens, layer.k, num_choosers
+            )
+    return num_tokens  # all tokens may choose the same expert

@@ -1,181 +1,198 @@
-"""What a run will hold and cost, told before anything is allocated."""
+"""The report of a dry run: what a run holds, computes and sends.
+
+The report is a table of a name and a value a row. Each function gives the
+rows of one part; `language/dry_run.py` and `translation/dry_run.py` put them
+together. Nothing is allocated, and a mesh need not exist.
+"""
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
-from moe_tf.data.text import batching
 from moe_tf.dispatch import capacity
 from moe_tf.models import layer_specs
-from moe_tf.models.language import variants
 from moe_tf.routing import two_level
 from moe_tf.training import communication
 from moe_tf.training import meshes
+from moe_tf.training import optimizer
 
 _FLOAT_BYTES = 4  # weights and slots are float32 under every dtype policy
 
-# Numbers that an optimizer keeps for a kernel.
-_STATE_OF_KERNEL = {
-    "adam": lambda shape: 2 * math.prod(shape),
-    # The means along rows and columns of each matrix.
-    "factored_adam": lambda shape: math.prod(shape[:-2]) * sum(shape[-2:]),
-}
+Rows = list[tuple[str, str]]
 
 
-def describe(variant, config):
-    """Parameters, operations and bytes of a language model's run, as text.
+class ModelSizes(NamedTuple):
+    """The sizes of a model and of its batches.
 
-    On a mesh also what each device holds and sends, by its config alone.
+    Attributes:
+        width: width of every layer's output.
+        layers: the layers as data, see `layer_specs`.
+        kernel_shapes: shapes of all kernels, those of embedding and softmax
+            included.
+        operations: multiply-adds of a token.
+        batch_tokens: tokens of a batch, padding included.
     """
-    counts = variants.count(variant)
-    size = config.data.vocabulary_size
-    total = counts.parameters + variants.vocabulary_parameters(variant, size)
-    rows = [
-        (f"{variant.name}, width {variant.width}", ""),
-        ("parameters", f"{counts.parameters:,}"),
-        ("  with embedding and softmax, at most", f"{total:,}"),
-        ("operations per word (multiply-adds)", f"{counts.ops_per_timestep:,}"),
-        *weight_rows(variants.kernel_shapes(variant, size), config),
-        ("words a batch, padding included", f"{config.data.batch_words:,}"),
-        padded_row(batching.bucket_lengths(config.data.max_words)),
-        *expert_rows(variant.layers, config, config.data.batch_words),
-    ]
-    axes = meshes.axes(config)
-    if axes is not None:
-        rows += mesh_rows(
-            variant,
-            variants.kernel_shapes(variant, size),
-            counts.ops_per_timestep,
-            config.data.batch_words,
-            communication.sent_for_gradients(variant, config, axes),
-            config,
-        )
-    return table(rows)
+
+    width: int
+    layers: tuple
+    kernel_shapes: list[tuple[int, ...]]
+    operations: int
+    batch_tokens: int
+
+    @property
+    def expert_layers(self) -> list[layer_specs.Experts]:
+        return layer_specs.mixtures(self.layers)
 
 
-def table(rows):
-    """Rows of a name and what it is, as text."""
+def format_table(rows: Rows) -> str:
+    """Formats rows as text, the values in a column."""
     return "\n".join(f"{name:40}{value}".rstrip() for name, value in rows)
 
 
-def weight_rows(shapes, config):
-    """What weights of these shapes, and training them, take."""
-    weights = _FLOAT_BYTES * sum(map(math.prod, shapes))
-    state = _FLOAT_BYTES * sum(
-        map(_STATE_OF_KERNEL[config.train.optimizer], shapes)
-    )
-    return [
-        ("weights", _bytes(weights)),
-        ("  their gradients", _bytes(weights)),
-        (f"  state of {config.train.optimizer}", _bytes(state)),
-    ]
+def memory_rows(sizes: ModelSizes, config) -> Rows:
+    """Rows of the memory that weights and their training take."""
+    return _memory_rows(sizes.kernel_shapes, config, "weights", "  ")
 
 
-def padded_row(lengths):
-    """The lengths that sentences are padded to."""
-    return ("  padded to one of", ", ".join(map(str, lengths)))
+def padding_row(lengths: list[int]) -> tuple[str, str]:
+    """Row of the lengths that sequences are padded to."""
+    return "  padded to one of", ", ".join(map(str, lengths))
 
 
-def expert_rows(layers, config, batch_tokens):
-    """What layers of experts see of a batch of so many tokens, and keep."""
+def expert_rows(sizes: ModelSizes, config) -> Rows:
+    """Rows of the tokens that experts get, a pair for each layer."""
     rows = []
-    for layer in layers:
-        if isinstance(layer, variants.Experts):
-            rows += _expert_rows(layer, config, batch_tokens)
-    return rows
-
-
-def _expert_rows(layer, config, batch_tokens):
-    rows_a_batch = layer.experts_per_word * batch_tokens
-    factor = config.model.capacity_factor
-    kept = ", not kept" if config.model.recompute else ""
-    limit = "none is dropped"
-    if factor is not None:
-        slots = capacity.expert_capacity(
-            rows_a_batch, layer.num_experts, factor
+    for layer in sizes.expert_layers:
+        assignments = layer.experts_per_word * sizes.batch_tokens
+        mean = assignments / layer.num_experts
+        activations = _format_bytes(
+            assignments * layer.hidden_units * _FLOAT_BYTES
         )
-        limit = f"at most {slots:,} an expert"
-    return [
-        ("words an expert sees in a batch, mean",
-         f"{rows_a_batch / layer.num_experts:,.0f}; {limit}"),
-        ("experts' hidden activations",
-         _bytes(rows_a_batch * layer.hidden_units * _FLOAT_BYTES) + kept),
-    ]  # fmt: skip
+        if config.model.recompute:
+            activations += ", not kept"
+        rows += [
+            (
+                "words an expert sees in a batch, mean",
+                f"{mean:,.0f}; {_capacity_text(layer, assignments, config)}",
+            ),
+            ("experts' hidden activations", activations),
+        ]
+    return rows
 
 
 def mesh_rows(
-    variant, shapes, operations, batch_tokens, gradient_bytes, config
-):
-    """What each device of the config's mesh holds and sends.
+    sizes: ModelSizes,
+    config,
+    gradient_bytes: Callable[[dict[str, int]], int],
+) -> Rows:
+    """Rows of what each device of `config.mesh` holds and sends.
 
     Args:
-        variant: has `width` and `layers`.
-        shapes: of all its kernels.
-        operations: int, of a word, without or with the softmax.
-        batch_tokens: int, tokens that a layer of experts sees in a batch.
-        gradient_bytes: int, sent by a device to sum gradients.
+        sizes: of the model.
         config: the run's config.
+        gradient_bytes: function of the mesh's axes to the bytes that a device
+            sends to sum gradients.
+
+    Returns:
+        Rows; none where the config has no mesh.
     """
-    axes = meshes.axes(config)
-    mixtures = layer_specs.mixtures(variant.layers)
-    kernels = communication.kernels(shapes, mixtures, variant.width, axes)
-    held = sum(communication.per_device(*kernel, axes) for kernel in kernels)
-    state = _STATE_OF_KERNEL[config.train.optimizer]
-    slots = sum(
-        state((shape[0] // axes[layout[0]], *shape[1:]))
-        if layout[0]
-        else state(shape)
-        for shape, layout in kernels
-    )
-    rows = [
-        ("mesh", f"{_text(axes)}, {math.prod(axes.values())} devices"),
-        ("  each holds weights", _bytes(held * _FLOAT_BYTES)),
-        ("    their gradients", _bytes(held * _FLOAT_BYTES)),
-        (
-            f"    state of {config.train.optimizer}",
-            _bytes(slots * _FLOAT_BYTES),
-        ),
+    axes = meshes.mesh_axes(config)
+    if axes is None:
+        return []
+    return [
+        *_held_rows(sizes, config, axes),
+        *_repeated_rows(sizes, axes),
+        *_sent_rows(sizes, config, axes),
+        ("  to sum gradients", _format_bytes(gradient_bytes(axes))),
     ]
-    for shape, layout in kernels:
-        if layout[0]:
-            size = communication.per_device(shape, layout, axes) * _FLOAT_BYTES
-            rows.append((f"    kernels of experts {shape}",
-                         f"by {layout[0]}, {_bytes(size)} each"))  # fmt: skip
-    rows.append(("    all other kernels", "whole on each device"))
-    if "expert" in axes:
-        rows.append(_repeated_row(variant, mixtures, operations, axes))
-    rows.append(("sent by each device in a step, at most", ""))
-    for layer in mixtures:
-        size = communication.sent_for_tokens(
-            layer, variant.width, batch_tokens, config, axes
+
+
+def _memory_rows(shapes, config, name, indent):
+    """Rows of kernels of these shapes, their gradients and their state."""
+    chosen = config.train.optimizer
+    weights = sum(map(math.prod, shapes))
+    state = sum(optimizer.state_size(chosen, shape) for shape in shapes)
+    return [
+        (name, _format_bytes(weights * _FLOAT_BYTES)),
+        (f"{indent}their gradients", _format_bytes(weights * _FLOAT_BYTES)),
+        (f"{indent}state of {chosen}", _format_bytes(state * _FLOAT_BYTES)),
+    ]
+
+
+def _capacity_text(layer, assignments, config):
+    factor = config.model.capacity_factor
+    if factor is None:
+        return "none is dropped"
+    slots = capacity.expert_capacity(assignments, layer.num_experts, factor)
+    return f"at most {slots:,} an expert"
+
+
+def _held_rows(sizes, config, axes):
+    kernels = communication.kernel_layouts(
+        sizes.kernel_shapes, sizes.expert_layers, sizes.width, axes
+    )
+    shapes = [kernel.shard_shape(axes) for kernel in kernels]
+    by_size = ", ".join(f"{name} {size}" for name, size in axes.items())
+    rows = [
+        ("mesh", f"{by_size}, {math.prod(axes.values())} devices"),
+        *_memory_rows(shapes, config, "  each holds weights", "    "),
+    ]
+    for kernel, shape in zip(kernels, shapes, strict=True):
+        if kernel.is_sharded:
+            held = _format_bytes(math.prod(shape) * _FLOAT_BYTES)
+            rows.append(
+                (
+                    f"    kernels of experts {kernel.shape}",
+                    f"by {kernel.layout[0]}, {held} each",
+                )
+            )
+    return [*rows, ("    all other kernels", "whole on each device")]
+
+
+def _repeated_rows(sizes, axes):
+    """Row of the work that all devices along `expert` repeat."""
+    if "expert" not in axes:
+        return []
+    expert_operations = sum(
+        layer.experts_per_word * 2 * sizes.width * layer.hidden_units
+        for layer in sizes.expert_layers
+    )
+    repeated = 1 - expert_operations / sizes.operations
+    return [
+        (
+            f"  repeated by {axes['expert']} devices along expert",
+            f"all but experts: {repeated:.0%} of the operations above, and "
+            "the softmax",
         )
-        how = "two gathers of answers" if "expert" in axes else "4 all-to-alls"
-        rows.append(("  for the words of a layer of experts",
-                     f"{_bytes(size)}, {how}"))  # fmt: skip
-        told = layer.branching and two_level.describe_spread_branches(
+    ]
+
+
+def _sent_rows(sizes, config, axes):
+    """Rows of what the layers of experts send."""
+    collectives = (
+        "two gathers of answers" if "expert" in axes else "4 all-to-alls"
+    )
+    rows = [("sent by each device in a step, at most", "")]
+    for layer in sizes.expert_layers:
+        sent = communication.token_bytes_sent(
+            layer, sizes.width, sizes.batch_tokens, config, axes
+        )
+        rows.append(
+            (
+                "  for the words of a layer of experts",
+                f"{_format_bytes(sent)}, {collectives}",
+            )
+        )
+        spread = layer.branching and two_level.describe_spread_branches(
             layer.branching, axes
         )
-        if told:
-            rows.append(("    its groups of experts are", told))
-    rows.append(("  to sum gradients", _bytes(gradient_bytes)))
+        if spread:
+            rows.append(("    its groups of experts are", spread))
     return rows
 
 
-def _repeated_row(variant, mixtures, operations, axes):
-    experts = sum(
-        layer.experts_per_word * 2 * variant.width * layer.hidden_units
-        for layer in mixtures
-    )
-    dense = 1 - experts / operations
-    return (f"  repeated by {axes['expert']} devices along expert",
-            f"all but experts: {dense:.0%} of the operations above, and the "
-            "softmax")  # fmt: skip
-
-
-def _text(axes):
-    return ", ".join(f"{name} {size}" for name, size in axes.items())
-
-
-def _bytes(number):
+def _format_bytes(size):
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024 or unit == "GiB":
-            return f"{number:,.1f} {unit}"
-        number /= 1024
+        if size < 1024 or unit == "GiB":
+            return f"{size:,.1f} {unit}"
+        size /= 1024

@@ -1,6 +1,7 @@
-"""What a config says of a mesh, and what runs on one."""
+"""The mesh of a config, and functions that compute on this mesh."""
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
@@ -10,94 +11,97 @@ from moe_tf.distribute import MeshStrategy
 from moe_tf.distribute import placement
 from moe_tf.models import layer_specs
 
-# Divides the rows of every batch where a mesh or groups are used. Not the
-# mesh's own size: batches are the same on any mesh.
-_ROWS = 8
+# Divides the rows of every batch where a mesh or token groups are used. It
+# does not depend on the mesh's size: batches are the same on any mesh.
+_ROWS_MULTIPLE = 8
 
 
-def axes(config):
-    """The axes of `config.mesh` by size; None where there is no mesh."""
-    found = {name: size for name, size in config.mesh.items() if size}
-    return {"batch": 1, **found} if found else None
+def mesh_axes(config) -> dict[str, int] | None:
+    """Returns the sizes of the axes of `config.mesh`; None without a mesh."""
+    sizes = {name: size for name, size in config.mesh.items() if size}
+    return {"batch": 1, **sizes} if sizes else None
 
 
-def strategy(config):
-    """The `MeshStrategy` of `config.mesh`; None where there is no mesh.
+def make_strategy(config) -> MeshStrategy | None:
+    """Makes the `MeshStrategy` of `config.mesh`; None without a mesh.
 
-    To be made before anything else that uses TensorFlow.
+    To be called before anything else uses TensorFlow.
 
     Raises:
         ValueError: the axes cannot be used, or there are too few devices.
         RuntimeError: TensorFlow has started already.
     """
-    sizes = axes(config)
-    return None if sizes is None else MeshStrategy(sizes)
+    axes = mesh_axes(config)
+    return None if axes is None else MeshStrategy(axes)
 
 
-def check(config, layers):
-    """Refuses what a mesh cannot divide; sets what a mesh needs.
+def check_mesh(config, layers: tuple) -> None:
+    """Checks that a mesh divides batch and experts; sets its defaults.
 
-    That is `data.rows_multiple`, and `model.num_groups` where words may be
-    dropped or experts choose: which of them must not depend on the mesh.
+    The defaults are those of `data.rows_multiple`, and of `model.num_groups`
+    where tokens may be dropped or experts choose: which tokens are dropped
+    must not depend on the mesh.
 
     Args:
-        config: its numbers are whole and positive.
-        layers: what the model consists of, as data.
+        config: the run's config, whose counts are valid.
+        layers: the model's layers as data, see `layer_specs`.
 
     Raises:
         ValueError: a size does not divide what it must.
     """
-    sizes, model = axes(config) or {"batch": 1}, config.model
-    on_mesh = axes(config) is not None
+    axes, model = mesh_axes(config) or {"batch": 1}, config.model
+    on_mesh = mesh_axes(config) is not None
     mixtures = layer_specs.mixtures(layers)
     chooses = model.capacity_factor is not None or model.gating == "batchwise"
     if on_mesh and mixtures and chooses and model.num_groups is None:
-        model.num_groups = config.data.rows_multiple or _ROWS
-    groups = model.num_groups
-    if config.data.rows_multiple is None and (on_mesh or groups):
-        config.data.rows_multiple = _ROWS
-    batch, rows = sizes["batch"], config.data.rows_multiple or 1
+        model.num_groups = config.data.rows_multiple or _ROWS_MULTIPLE
+    num_groups = model.num_groups
+    if config.data.rows_multiple is None and (on_mesh or num_groups):
+        config.data.rows_multiple = _ROWS_MULTIPLE
+    batch, rows = axes["batch"], config.data.rows_multiple or 1
     _check_divides("mesh.batch", batch, "data.rows_multiple", rows)
-    if groups is not None:
-        _check_divides("mesh.batch", batch, "model.num_groups", groups)
-        _check_divides("model.num_groups", groups, "data.rows_multiple", rows)
-    axis = sharding.expert_axis(sizes)
-    for layer in mixtures:
+    if num_groups is not None:
+        _check_divides("mesh.batch", batch, "model.num_groups", num_groups)
         _check_divides(
-            f"mesh.{axis}", sizes[axis], "experts", layer.num_experts
+            "model.num_groups", num_groups, "data.rows_multiple", rows
         )
-    if "expert" in sizes and not mixtures:
+    axis = sharding.expert_axis(axes)
+    for layer in mixtures:
+        _check_divides(f"mesh.{axis}", axes[axis], "experts", layer.num_experts)
+    if "expert" in axes and not mixtures:
         raise ValueError(
             "`mesh.expert` is for variants with a choice of experts; leave it "
-            f"out here. Received: mesh.expert={sizes['expert']}, "
+            f"out here. Received: mesh.expert={axes['expert']}, "
             f"model.variant={config.model.variant}"
         )
 
 
-def _check_divides(name, size, of, number):
-    if number % size:
-        below, above = number // size * size, -(-number // size) * size
+def _check_divides(name, size, of, count):
+    if count % size:
+        below, above = count // size * size, -(-count // size) * size
         nearest = " or ".join(str(n) for n in (below, above) if n)
         raise ValueError(
             f"`{name}` must divide the number of {of}; {nearest} would do, or "
-            f"{name}={sharding.nearest_sizes(number, size)}. "
-            f"Received: {name}={size}, {of}={number}"
+            f"{name}={sharding.nearest_sizes(count, size)}. "
+            f"Received: {name}={size}, {of}={count}"
         )
 
 
 @functools.lru_cache(maxsize=4)
-def on_mesh(function, strategy):
-    """`function` of host tensors, computed on the mesh; traced per shape.
+def on_mesh(function: Callable, strategy: MeshStrategy) -> Callable:
+    """Makes a function of host tensors that computes on the mesh.
 
-    Called again with the same arguments it gives the same, traced already.
+    It is traced once per shape. A second call with the same arguments returns
+    the same function.
 
     Args:
-        function: of tensors whose first dimension the axis `batch` divides.
-        strategy: `MeshStrategy`
+        function: function of tensors whose first dimension is divisible by
+            the size of the axis `batch`.
+        strategy: `MeshStrategy`.
 
     Returns:
-        A function to tensors on the mesh. Tensors that are there already may
-        be among its arguments.
+        A function to tensors on the mesh. Its arguments may be tensors on the
+        host or on the mesh.
     """
 
     @functools.partial(tf.function, autograph=False)
@@ -107,19 +111,24 @@ def on_mesh(function, strategy):
     return lambda *args: traced(*strategy.put_batch(args, whole=True))
 
 
-def padded_step(step, strategy, num_sequences, rows_multiple):
-    """A step function for `decoding`, computed on the mesh.
+def padded_step(
+    step: Callable,
+    strategy: MeshStrategy,
+    num_sequences: int,
+    rows_multiple: int,
+) -> tuple[Callable, int]:
+    """Makes a step function for `moe_tf.decoding` that computes on the mesh.
 
     Args:
-        step: `LanguageModel.step`
-        strategy: `MeshStrategy`
-        num_sequences: int
-        rows_multiple: int, by which the rows can be divided once empty ones
-            are added.
+        step: `LanguageModel.step`.
+        strategy: `MeshStrategy`.
+        num_sequences: sequences that are decoded.
+        rows_multiple: padding rows are added until the number of rows is a
+            multiple of this.
 
     Returns:
         A function of tokens and states to logits on the host and states on
-        the mesh, and the number of rows that the states have.
+        the mesh, and the number of rows of the states.
     """
     compute = on_mesh(step, strategy)
     missing = -num_sequences % rows_multiple
@@ -132,6 +141,8 @@ def padded_step(step, strategy, num_sequences, rows_multiple):
     return run, num_sequences + missing
 
 
-def score(scorer, strategy, inputs):
-    """`scorer(inputs)`, computed on the mesh, as a numpy array."""
+def score_on_mesh(
+    scorer: Callable, strategy: MeshStrategy, inputs
+) -> np.ndarray:
+    """Computes `scorer(inputs)` on the mesh."""
     return placement.get(on_mesh(scorer, strategy)(inputs))

@@ -1,4 +1,4 @@
-"""What the loop asks of a task."""
+"""Base class of the trainers' tasks."""
 
 import abc
 import contextlib
@@ -9,20 +9,19 @@ import ml_collections
 import tensorflow as tf
 
 from moe_tf.distribute import MeshStrategy
-from moe_tf.training import fields
+from moe_tf.training import optimizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Task(abc.ABC):
-    """Brings model, data and loss together from a config.
-
-    `free_fields` are the fields and groups of the config that decide neither
-    weights nor data, and may differ from those of the run.
+    """Model, data and loss of a run, made from its config.
 
     Attributes:
-        config: the run's config. `data.rows_multiple` is set here if a mesh
-            or groups need it.
-        strategy: optional `MeshStrategy`, see `meshes.strategy`.
+        config: the run's config. The task sets `data.rows_multiple` where a
+            mesh or token groups need it.
+        strategy: optional `MeshStrategy`, see `meshes.make_strategy`.
+        free_fields: fields and groups of the config that decide neither
+            weights nor data. They may change during the life of a run.
     """
 
     config: ml_collections.ConfigDict
@@ -36,65 +35,66 @@ class Task(abc.ABC):
     )
 
     def __post_init__(self):
-        self.check()
+        self.check_config()
 
     @abc.abstractmethod
-    def check(self) -> None:
+    def check_config(self) -> None:
         """Refuses a config that cannot be used, before any work is done."""
 
     @property
     def is_first(self) -> bool:
-        """Whether this process prints and writes, for all there are."""
+        """Whether this process is the one that prints and writes."""
         return self.strategy is None or self.strategy.is_first
 
-    def scope(self):
-        """Where the model and its optimizer are made."""
+    def scope(self) -> contextlib.AbstractContextManager:
+        """Returns the context in which model and optimizer are made."""
         if self.strategy is None:
             return contextlib.nullcontext()
         return self.strategy.scope()
 
-    def optimizer(self, schedule, **settings) -> keras.optimizers.Optimizer:
-        """The optimizer that `config.train` names."""
-        train = self.config.train
-        return fields.OPTIMIZERS[train.optimizer](
-            schedule, global_clipnorm=train.clip_norm, **settings
-        )
+    def make_optimizer(
+        self,
+        schedule: keras.optimizers.schedules.LearningRateSchedule,
+        **settings,
+    ) -> keras.optimizers.Optimizer:
+        """Makes the optimizer that `config.train` names."""
+        return optimizer.make_optimizer(self.config.train, schedule, **settings)
 
     def shard(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
-        """The dataset, of which every process reads all, on the mesh."""
+        """Puts the batches of a dataset, read by every process, on the mesh."""
         if self.strategy is None:
             return dataset
         return self.strategy.shard_batches(dataset)
 
     @abc.abstractmethod
-    def describe(self) -> str:
-        """What a run will hold and cost, before anything is allocated."""
+    def dry_run_report(self) -> str:
+        """Returns what the run holds and costs; allocates nothing."""
 
     @abc.abstractmethod
     def prepare(self, workdir: str):
-        """The text, read once, and what turns it into ids."""
+        """Reads the text once and makes its vocabulary, unless done."""
 
     @abc.abstractmethod
-    def describe_data(self, prepared) -> list[str]:
-        """What was found in the text, in lines."""
+    def data_report(self, prepared) -> list[str]:
+        """Returns lines on the size of the text."""
 
     @abc.abstractmethod
     def build(self, prepared) -> keras.Model:
-        """The compiled model, with its weights as the seed makes them."""
+        """Builds the compiled model; the seed decides its weights."""
 
     @abc.abstractmethod
     def batches(self, prepared, split, start_step=0) -> tf.data.Dataset:
-        """Batches of a split, for training from `start_step` on."""
+        """Returns the batches of a split, for training from `start_step`."""
 
     @abc.abstractmethod
     def num_batches(self, prepared, split) -> int:
-        """Number of batches in one pass over a split."""
+        """Returns the number of batches in one pass over a split."""
 
     def callbacks(self, prepared, board) -> list[keras.callbacks.Callback]:
-        """What the task adds, in the first process, to every trainer's.
+        """Returns the task's own callbacks, for the first process.
 
         Args:
-            prepared: as `prepare` gave it.
+            prepared: the result of `prepare`.
             board: `TrainingBoard` of the run.
         """
         del prepared, board
@@ -102,12 +102,13 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def evaluate(self, scorer, prepared, split, clipped=False) -> list[str]:
-        """How good the model is on a split, in lines.
+        """Returns lines on the model's quality on a split.
 
         Args:
-            clipped: bool, whether experts drop meanwhile, as in training.
+            clipped: bool, whether experts drop tokens as in training, see
+                `moe_tf.layers.clipped_evaluation`.
         """
 
     @abc.abstractmethod
-    def show(self, scorer, prepared) -> list[str]:
-        """What the trained model writes, in lines."""
+    def example_outputs(self, scorer, prepared) -> list[str]:
+        """Returns lines of text that the trained model writes."""

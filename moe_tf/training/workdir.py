@@ -1,18 +1,34 @@
-"""A run's folder: one config for its whole life, one trainer at a time."""
+"""Folders of runs: one config for a run's life, one trainer at a time."""
 
 import contextlib
 import fcntl
 import json
 import os
 import socket
+from collections.abc import Collection
+
+import ml_collections
 
 from moe_tf import files
+
+# Names that fields had before there was a group `moe`, and their present
+# names. Workdirs of that time have the old names in `config.json`.
+RENAMED_FIELDS = {
+    "model.k": "moe.k",
+    "model.expert_hidden": "moe.hidden_units",
+    "model.gating": "moe.gating",
+    "model.importance_weight": "moe.importance_weight",
+    "model.load_weight": "moe.load_weight",
+    "model.capacity_factor": "moe.capacity_factor",
+    "model.num_groups": "moe.num_groups",
+    "model.recompute": "moe.recompute",
+}
 
 _CONFIG = "config.json"
 _LOCK = ".lock"
 
-# Locks are kept here too, so that dropping what `claim` returned does not
-# close the file and with it silently release the folder.
+# Claims are referred to from here too. Otherwise dropping the result of
+# `claim_workdir` would close the file, which silently releases the folder.
 _held = set()
 
 
@@ -29,13 +45,13 @@ class Claim:
         _held.add(self)
 
     def record(self) -> None:
-        """Writes `config.json` unless it is there.
+        """Writes `config.json` unless it exists.
 
         To be called when the config has proved usable: a run that could not
         begin then leaves the workdir free for the corrected config.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         if not os.path.exists(self._path):
             with _explained(os.path.dirname(self._path)):
@@ -49,12 +65,16 @@ class Claim:
     def __enter__(self):
         return self
 
-    def __exit__(self, *unused):
+    def __exit__(self, *unused) -> None:
         self.release()
 
 
-def claim(workdir, config, free=()) -> Claim:
-    """Takes the workdir for this process and this config.
+def claim_workdir(
+    workdir: str | os.PathLike,
+    config: ml_collections.ConfigDict,
+    free: Collection[str] = (),
+) -> Claim:
+    """Claims the workdir for this process and this config.
 
     Makes the folder if need be, locks `<workdir>/.lock` (`flock`, so the
     operating system frees it however the process ends) and compares the
@@ -71,9 +91,10 @@ def claim(workdir, config, free=()) -> Claim:
 
     Raises:
         OSError: the workdir is a file, or cannot be made or written.
-        BlockingIOError: another process, or this one, has claimed it.
-        ValueError: it belongs to a run of another config, or the config does
-            not fit into JSON. Nothing was written but the folder and `.lock`.
+        BlockingIOError: another process, or this one, has claimed the workdir.
+        ValueError: the workdir belongs to a run of another config, or the
+            config does not fit into JSON. Nothing was written except the
+            folder and `.lock`.
     """
     workdir = os.fspath(workdir)
     text = _to_json(config)
@@ -84,19 +105,29 @@ def claim(workdir, config, free=()) -> Claim:
         _lock(file, workdir)
         path = os.path.join(workdir, _CONFIG)
         if os.path.exists(path):
-            check(workdir, config, free)
+            check_workdir(workdir, config, free)
     except BaseException:
         file.close()
         raise
     return Claim(file, path, text)
 
 
-def check(workdir, config, free=()) -> None:
-    """Raises unless the workdir belongs to a run of this config.
+def check_workdir(
+    workdir: str | os.PathLike,
+    config: ml_collections.ConfigDict,
+    free: Collection[str] = (),
+) -> None:
+    """Checks that the workdir belongs to a run of this config.
 
-    A field that one of them does not have counts as None there, so that runs
-    go on when a config gains fields that are None. Writes nothing and takes
-    no lock, so it suits those who only read.
+    A field that one of the two configs does not have counts as None there: a
+    run continues when its config gains fields that are None. Fields that have
+    been renamed since are read by their new names, see `RENAMED_FIELDS`.
+    Nothing is written or locked, so modes that only read can call this.
+
+    Args:
+        workdir: folder of the run.
+        config: `ConfigDict` of plain data (what JSON holds).
+        free: names of fields and groups that may differ.
 
     Raises:
         FileNotFoundError: there is no run.
@@ -106,7 +137,7 @@ def check(workdir, config, free=()) -> None:
     path = os.path.join(workdir, _CONFIG)
     try:
         with open(path, encoding="utf-8") as file:
-            then = _fields(json.load(file))
+            then = _flatten(json.load(file))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(
             f"No run in `workdir`={workdir}: there is no {path}. Train first, "
@@ -117,7 +148,7 @@ def check(workdir, config, free=()) -> None:
             f"{path} is not the config that a run wrote ({error}). Restore "
             "the file, or use another workdir."
         ) from error
-    now = _fields(json.loads(_to_json(config)))
+    now = _flatten(json.loads(_to_json(config)))
     lines = [
         f"  {name}: {then.get(name, 'missing')} in the workdir, "
         f"{now.get(name, 'missing')} now"
@@ -131,6 +162,17 @@ def check(workdir, config, free=()) -> None:
             + "\n".join(lines)
             + "\nUse another workdir, or the same config."
         )
+
+
+def rename_fields(fields: dict[str, str]) -> dict[str, str]:
+    """Gives the fields of an older config their present names.
+
+    Args:
+        fields: dict from dotted names such as `"model.k"` to values.
+    """
+    return {
+        RENAMED_FIELDS.get(name, name): value for name, value in fields.items()
+    }
 
 
 @contextlib.contextmanager
@@ -178,12 +220,12 @@ def _to_json(config):
     return text + "\n"
 
 
-def _fields(tree, prefix=""):
+def _flatten(tree, prefix=""):
     """Dotted names of the leaves, and their values as JSON."""
     fields = {}
     for name, value in tree.items():
         if isinstance(value, dict) and value:
-            fields.update(_fields(value, f"{prefix}{name}."))
+            fields.update(_flatten(value, f"{prefix}{name}."))
         else:
             fields[prefix + name] = json.dumps(value, sort_keys=True)
     return fields

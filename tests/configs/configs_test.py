@@ -94,7 +94,7 @@ def test_builds_and_fits_the_translation_task(name):
         args += [("dense",)]
     for arg in args:
         config = config_of(name, *arg)
-        told = TranslationTask(config).describe()
+        told = TranslationTask(config).dry_run_report()
         assert told.startswith(config.model.variant)
 
 

@@ -16,7 +16,7 @@ FLAGS = {"mesh.batch": 2, "mesh.expert": 2}
 
 def train(task_class, config, workdir):
     keras.utils.set_random_seed(config.seed)
-    task = task_class(config, meshes.strategy(config))
+    task = task_class(config, meshes.make_strategy(config))
     loop.train(task, config, workdir)
 
 

@@ -138,6 +138,6 @@ def test_peak_memory_falls():
         )
         for recompute in (False, True)
     ]
-    # SavedStates, all four are there at once; computed again, one at a time.
+    # Kept, all four are there at once; recomputed, one at a time.
     assert peaks[0] > 4 * 96
     assert peaks[1] < 0.7 * peaks[0]

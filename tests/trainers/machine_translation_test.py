@@ -145,7 +145,7 @@ def test_evaluate_tells_what_drops_would_cost(run):
     task = TranslationTask(config)
     prepared = task.prepare(str(run.workdir))
     scorer = task.build(prepared)
-    kept = loop.SavedStates(task, config, str(run.workdir), scorer)
+    kept = loop.RunCheckpoints(task, config, str(run.workdir), scorer)
     kept.best.restore_latest()
     whole = task.evaluate(scorer, prepared, "test")
     assert len(whole) == 2 and lines_that(run.told, whole[0])

@@ -7,9 +7,9 @@ from moe_tf.distribute import collectives
 from moe_tf.models import layer_specs
 from moe_tf.routing import two_level
 from moe_tf.training import communication
-from moe_tf.training import dry_run
 from moe_tf.training import meshes
 from moe_tf.training import workdir as workdirs
+from moe_tf.training.language import dry_run
 from moe_tf.training.language.task import LanguageModelTask
 from moe_tf.training.translation.task import TranslationTask
 from moe_tf_configs import lm_demo
@@ -35,7 +35,7 @@ def config_with(fields):
 )
 def test_axes(batch, expert, axes):
     fields = {"mesh.batch": batch, "mesh.expert": expert}
-    assert meshes.axes(config_with(fields)) == axes
+    assert meshes.mesh_axes(config_with(fields)) == axes
 
 
 @pytest.mark.parametrize(
@@ -116,33 +116,33 @@ def test_groups_do_not_depend_on_the_mesh(fields, number):
 def test_the_mesh_may_change_and_groups_may_not(tmp_path):
     config = config_with({"mesh.batch": 4, "model.num_groups": 4})
     free = LanguageModelTask(config).free_fields
-    with workdirs.claim(tmp_path, config, free) as claim:
+    with workdirs.claim_workdir(tmp_path, config, free) as claim:
         claim.record()
     config.mesh.batch, config.mesh.expert = 2, 2
-    workdirs.check(tmp_path, config, free)
+    workdirs.check_workdir(tmp_path, config, free)
     config.model.num_groups = 2
     with pytest.raises(ValueError, match="model.num_groups: 4 in the workdir"):
-        workdirs.check(tmp_path, config, free)
+        workdirs.check_workdir(tmp_path, config, free)
 
 
 def test_a_run_from_before_a_field_was_there_goes_on(tmp_path):
     config = lm_demo.get_config("tiny")
-    with workdirs.claim(tmp_path, config) as claim:
+    with workdirs.claim_workdir(tmp_path, config) as claim:
         claim.record()
     path = tmp_path / "config.json"
     fields = json.loads(path.read_text())
     del fields["mesh"], fields["model"]["num_groups"]
     path.write_text(json.dumps(fields))
-    workdirs.check(tmp_path, config)
+    workdirs.check_workdir(tmp_path, config)
     config.model.num_groups = 2
     with pytest.raises(ValueError, match="num_groups: missing.*2 now"):
-        workdirs.check(tmp_path, config)
+        workdirs.check_workdir(tmp_path, config)
 
 
 def test_the_dry_run_tells_what_devices_hold():
     config = config_with({"mesh.batch": 2, "mesh.expert": 4})
     task = LanguageModelTask(config)
-    told = dry_run.describe(task.variant(), config)
+    told = task.dry_run_report()
     assert "batch 2, expert 4, 8 devices" in told
     # Experts (4, 16, 32) twice, of which each has one of four; the rest:
     # tables of 1000 words, two LSTMs, two gates.
@@ -158,7 +158,7 @@ def test_the_dry_run_needs_no_mesh_to_be_there():
     config = config_with({"mesh.expert": 512, "model.variant": "MoE-512"})
     config.model.k = 4
     task = LanguageModelTask(config)
-    assert "512 devices" in dry_run.describe(task.variant(), config)
+    assert "512 devices" in task.dry_run_report()
 
 
 def two_levels_of_translation(fields):
@@ -188,7 +188,7 @@ def two_levels_of_words(fields):
 )
 def test_the_dry_run_tells_of_spread_groups(make, number, axes, whole):
     fields = {f"mesh.{axis}": size for axis, size in axes.items()}
-    told = make({"model.k": 1, **fields}).describe()
+    told = make({"model.k": 1, **fields}).dry_run_report()
     assert told.count("groups of experts") == (0 if whole else number)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -214,7 +214,7 @@ def what_a_step_sends(workdir):
     found = {}
     for name, fields in SENT.items():
         config = config_with({"data.max_words": 7, **fields})
-        task = LanguageModelTask(config, meshes.strategy(config))
+        task = LanguageModelTask(config, meshes.make_strategy(config))
         prepared = task.prepare(workdir)
         config.data.vocabulary_size = prepared.vocabulary.size
         scorer = task.build(prepared)
@@ -223,9 +223,9 @@ def what_a_step_sends(workdir):
         ops = collectives.list_collectives(
             scorer.train_on_batch, inputs, targets, weights
         )
-        axes, variant = meshes.axes(config), task.variant()
-        told = communication.sent_for_gradients(variant, config, axes) + sum(
-            communication.sent_for_tokens(
+        axes, variant = meshes.mesh_axes(config), task.variant()
+        told = dry_run.gradient_bytes(variant, config, axes) + sum(
+            communication.token_bytes_sent(
                 layer, variant.width, config.data.batch_words, config, axes
             )
             for layer in layer_specs.mixtures(variant.layers)

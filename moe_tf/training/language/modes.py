@@ -12,9 +12,9 @@ from moe_tf.training.language import scoring
 
 def sample(task, config, workdir):
     """Prints sentences drawn from the best state."""
-    prepared, scorer = loop.open_state(task, config, workdir)
-    for line in task.show(scorer, prepared):
-        loop.tell(task, line)
+    prepared, scorer = loop.restore_run(task, config, workdir)
+    for line in task.example_outputs(scorer, prepared):
+        loop.print_once(task, line)
 
 
 def score(task, config, workdir):
@@ -30,7 +30,7 @@ def score(task, config, workdir):
             "`mode`=score reads standard input, which one process has: start "
             "one alone, with another `mesh` if need be."
         )
-    prepared, scorer = loop.open_state(task, config, workdir)
+    prepared, scorer = loop.restore_run(task, config, workdir)
     total, num_words = 0.0, 0
     print("log_probability\twords\tunknown\tperplexity")
     score_batch = functools.partial(task.score, scorer)

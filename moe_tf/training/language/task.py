@@ -12,9 +12,9 @@ from moe_tf.models.language import variants
 from moe_tf.models.language.model import LanguageModel
 from moe_tf.models.language.scorer import NextWordScorer
 from moe_tf.routing import registry
-from moe_tf.training import dry_run
-from moe_tf.training import fields
+from moe_tf.training import config_checks
 from moe_tf.training import meshes
+from moe_tf.training.language import dry_run
 from moe_tf.training.language import scoring
 from moe_tf.training.task import Task
 
@@ -30,9 +30,9 @@ class LanguageModelTask(Task):
 
     free_fields = (*Task.free_fields, "sample")
 
-    def check(self) -> None:
+    def check_config(self) -> None:
         """Refuses a config that cannot be used, before any work is done."""
-        fields.check(
+        config_checks.check_config(
             self.config,
             counts=(
                 "data.batch_words",
@@ -45,7 +45,7 @@ class LanguageModelTask(Task):
             counts_or_none=("model.width", "model.num_sampled"),
             not_negative=("sample.temperature",),
         )
-        meshes.check(self.config, self.variant().layers)
+        meshes.check_mesh(self.config, self.variant().layers)
         self._check_experts()
 
     def _check_experts(self) -> None:
@@ -82,7 +82,7 @@ class LanguageModelTask(Task):
         return preparation.prepare_text(self.config.data, workdir)
 
     def build(self, prepared: preparation.PreparedText) -> NextWordScorer:
-        """The compiled model, with its weights as the seed makes them."""
+        """Builds the compiled model; the seed decides its weights."""
         train = self.config.train
         with self.scope():
             scorer = NextWordScorer(
@@ -93,7 +93,7 @@ class LanguageModelTask(Task):
                 )
             )
             scorer.build()
-            optimizer = self.optimizer(
+            optimizer = self.make_optimizer(
                 schedules.WarmupInverseSqrt(
                     train.learning_rate, train.warmup_steps
                 )
@@ -109,7 +109,7 @@ class LanguageModelTask(Task):
         split: str,
         start_step: int = 0,
     ) -> tf.data.Dataset:
-        """Batches of a split, for training from `start_step` on."""
+        """Returns the batches of a split, for training from `start_step`."""
         data = self.config.data
         dataset = batching.batches(
             prepared,
@@ -125,7 +125,7 @@ class LanguageModelTask(Task):
     def num_batches(
         self, prepared: preparation.PreparedText, split: str
     ) -> int:
-        """Number of batches in one pass over a split."""
+        """Returns the number of batches in one pass over a split."""
         data = self.config.data
         return batching.batches_per_pass(
             prepared.statistics[split],
@@ -134,11 +134,11 @@ class LanguageModelTask(Task):
             data.rows_multiple,
         )
 
-    def describe(self) -> str:
-        """What a run will hold and cost, before anything is allocated."""
-        return dry_run.describe(self.variant(), self.config)
+    def dry_run_report(self) -> str:
+        """Returns what the run holds and costs; allocates nothing."""
+        return dry_run.format_report(self.variant(), self.config)
 
-    def describe_data(self, prepared: preparation.PreparedText) -> list[str]:
+    def data_report(self, prepared: preparation.PreparedText) -> list[str]:
         """A line for each split, and one for what training sees of it."""
         told = []
         for split, found in prepared.statistics.items():
@@ -175,7 +175,7 @@ class LanguageModelTask(Task):
             f"({unknown:.2f}% unknown)"
         ]
 
-    def show(
+    def example_outputs(
         self, scorer: NextWordScorer, prepared: preparation.PreparedText
     ) -> list[str]:
         """Sentences of the trained model, told after training."""
@@ -194,7 +194,7 @@ class LanguageModelTask(Task):
         rows = self.config.data.rows_multiple
         num_rows = -(-scoring.LINES_AT_ONCE // rows) * rows
         batch = batching.encode(prepared, sentences, num_rows)
-        return batch, meshes.score(scorer, self.strategy, batch[0])
+        return batch, meshes.score_on_mesh(scorer, self.strategy, batch[0])
 
     def sample(
         self, scorer: NextWordScorer, prepared: preparation.PreparedText

@@ -112,7 +112,7 @@ def export(task, config, workdir):
         signatures[f"translate_{language}"] = translator.serve(language)
     folder = os.path.join(workdir, "export")
     tf.saved_model.save(translator, folder, signatures)
-    loop.tell(task, f"Saved {', '.join(signatures)} in {folder}")
+    loop.print_once(task, f"Saved {', '.join(signatures)} in {folder}")
 
 
 def average(task, config, workdir):
@@ -121,19 +121,19 @@ def average(task, config, workdir):
     To be used with `translate.checkpoint=average`. `train.keep_checkpoints`
     says how many states there are.
     """
-    with workdirs.claim(workdir, config, task.free_fields):
-        workdirs.check(workdir, config, task.free_fields)
+    with workdirs.claim_workdir(workdir, config, task.free_fields):
+        workdirs.check_workdir(workdir, config, task.free_fields)
         prepared = task.prepare(workdir)
         scorer = task.build(prepared)
-        kept = loop.SavedStates(task, config, workdir, scorer)
+        saved = loop.RunCheckpoints(task, config, workdir, scorer)
         steps = averaging.average(
-            kept.last,
-            kept.named("average"),
+            saved.last,
+            saved.in_folder("average"),
             variables.named_variables(scorer),
             task.strategy,
         )
         told = ", ".join(map(str, steps))
-        loop.tell(task, f"Saved the mean of the states of steps {told}")
+        loop.print_once(task, f"Saved the mean of the states of steps {told}")
 
 
 def evaluate(task, config, workdir):
@@ -153,7 +153,7 @@ def experts(task, config, workdir):
     print(text)
     path = os.path.join(workdir, "experts.html")
     files.write(path, page)
-    loop.tell(task, f"The same as a page: {path}")
+    loop.print_once(task, f"The same as a page: {path}")
 
 
 MODES = {
@@ -170,7 +170,7 @@ MODES = {
 
 def _open(task, config, workdir):
     name = config.translate.checkpoint
-    return loop.open_state(task, config, workdir, name)
+    return loop.restore_run(task, config, workdir, name)
 
 
 def _refuse_a_mesh(task, config, mode):

@@ -17,7 +17,7 @@ from moe_tf.models.translation import translator
 from moe_tf.models.translation import variants
 from moe_tf.models.translation.scorer import TranslationScorer
 from moe_tf.training import compiled_updates
-from moe_tf.training import fields
+from moe_tf.training import config_checks
 from moe_tf.training import meshes
 from moe_tf.training.task import Task
 from moe_tf.training.translation import batch_translate
@@ -39,12 +39,12 @@ class TranslationTask(Task):
 
     free_fields = (*Task.free_fields, "translate", "experts")
 
-    def check(self) -> None:
+    def check_config(self) -> None:
         """Refuses a config that cannot be used, before any work is done."""
         _check(self.config)
         self.settings.check()
         # Makes the model, without weights, so that wrong settings tell.
-        meshes.check(self.config, self.variant().layers)
+        meshes.check_mesh(self.config, self.variant().layers)
 
     @property
     def settings(self) -> translator.Settings:
@@ -59,15 +59,15 @@ class TranslationTask(Task):
         model = self._make_model(vocabulary_size=8)
         return model.variant
 
-    def describe(self) -> str:
-        """What a run will hold and cost, before anything is allocated."""
-        return dry_run.describe(self.variant(), self.config)
+    def dry_run_report(self) -> str:
+        """Returns what the run holds and costs; allocates nothing."""
+        return dry_run.format_report(self.variant(), self.config)
 
     def prepare(self, workdir: str) -> preparation.PreparedPairs:
         """The corpus, cut into wordpieces."""
         return preparation.prepare_pairs(self.config.data, workdir)
 
-    def describe_data(self, prepared: preparation.PreparedPairs) -> list[str]:
+    def data_report(self, prepared: preparation.PreparedPairs) -> list[str]:
         """A line for each pair and split, and one for the passes."""
         told = []
         for split, by_pair in prepared.statistics.items():
@@ -107,7 +107,7 @@ class TranslationTask(Task):
         return [[text.decode("utf-8") for text in side] for side in sides]
 
     def build(self, prepared: preparation.PreparedPairs) -> TranslationScorer:
-        """The compiled model, with its weights as the seed makes them."""
+        """Builds the compiled model; the seed decides its weights."""
         train = self.config.train
         with self.scope():
             scorer = TranslationScorer(
@@ -115,7 +115,7 @@ class TranslationTask(Task):
                 label_smoothing=train.label_smoothing,
             )
             scorer.build()
-            optimizer = self.optimizer(
+            optimizer = self.make_optimizer(
                 schedules.WarmupInverseSqrt(
                     train.learning_rate,
                     train.warmup_steps,
@@ -138,7 +138,7 @@ class TranslationTask(Task):
         start_step: int = 0,
         pair: str | None = None,
     ) -> tf.data.Dataset:
-        """Batches of a split, for training from `start_step` on."""
+        """Returns the batches of a split, for training from `start_step`."""
         data = self.config.data
         dataset = batching.batches(
             prepared,
@@ -157,7 +157,7 @@ class TranslationTask(Task):
         split: str,
         pair: str | None = None,
     ) -> int:
-        """Number of batches in one pass over a split."""
+        """Returns the number of batches in one pass over a split."""
         data = self.config.data
         return batching.num_batches(
             prepared,
@@ -225,7 +225,7 @@ class TranslationTask(Task):
             f"({scores.chrf_signature}), {len(found)} sentences"
         ]
 
-    def show(
+    def example_outputs(
         self, scorer: TranslationScorer, prepared: preparation.PreparedPairs
     ) -> list[str]:
         """Some sentences of the test text, translated."""
@@ -266,7 +266,7 @@ def _translator(model, wordpieces, settings):
 
 
 def _check(config):
-    fields.check(
+    config_checks.check_config(
         config,
         counts=(
             "data.batch_tokens",
@@ -284,12 +284,16 @@ def _check(config):
             "translate.shown",
         ),
     )
-    fields.fraction("train.label_smoothing", config.train.label_smoothing)
-    fields.fraction("train.beta_2", config.train.beta_2)
-    fields.one_of(
+    config_checks.check_fraction(
+        "train.label_smoothing", config.train.label_smoothing
+    )
+    config_checks.check_fraction("train.beta_2", config.train.beta_2)
+    config_checks.check_choice(
         "translate.checkpoint", config.translate.checkpoint, CHECKPOINTS
     )
-    fields.one_of("translate.output", config.translate.output, OUTPUTS)
+    config_checks.check_choice(
+        "translate.output", config.translate.output, OUTPUTS
+    )
     checks.at_least("data.batch_tokens", config.data.batch_tokens, 8)
     if config.train.jit_compile and config.model.variant.startswith("GNMT"):
         raise ValueError(

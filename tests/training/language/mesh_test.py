@@ -49,7 +49,7 @@ def train(config, strategy, workdir):
 def train_one(axes, variant, folder):
     """Trains a variant; on one mesh goes on from the middle once more."""
     config = config_of(variant, axes)
-    strategy = meshes.strategy(config)
+    strategy = meshes.make_strategy(config)
     workdir = pathlib.Path(folder, variant)
     train(config, strategy, workdir)
     if axes != dict(SQUARE):
@@ -139,8 +139,8 @@ def test_an_interrupted_run_ends_with_the_same_bits(runs):
 def evaluate_on(axes, workdir):
     """What all modes but training say of a run, on another mesh."""
     config = config_of(MOE, axes)
-    task = LanguageModelTask(config, meshes.strategy(config))
-    prepared, scorer = loop.open_state(task, config, workdir)
+    task = LanguageModelTask(config, meshes.make_strategy(config))
+    prepared, scorer = loop.restore_run(task, config, workdir)
     figures = scorer.evaluate(
         task.batches(prepared, "test"),
         steps=task.num_batches(prepared, "test"),
@@ -172,7 +172,7 @@ def pass_on(start, folder):
         config = config_of(MOE, dict(axes))
         keras.utils.set_random_seed(number)
         keras.backend.clear_session()
-        task = LanguageModelTask(config, meshes.strategy(config))
+        task = LanguageModelTask(config, meshes.make_strategy(config))
         prepared = task.prepare(str(pathlib.Path(folder, "run")))
         named = variables.named_variables(task.build(prepared))
         saved = checkpoints.Checkpoints(f"{folder}/{number}", named)

@@ -3,7 +3,6 @@ import numpy as np
 import pytest
 
 from moe_tf import optimizers
-from moe_tf.training import dry_run
 from moe_tf.training import loop
 from moe_tf.training.language.task import LanguageModelTask
 from moe_tf_configs import lm_demo
@@ -41,7 +40,7 @@ def test_the_dry_run_counts_the_optimizers_state(prepared, name, kind):
     optimizer = task.build(prepared).optimizer
     assert type(optimizer) is kind
     config.data.vocabulary_size = prepared.vocabulary.size
-    told = dry_run.describe(task.variant(), config).splitlines()
+    told = task.dry_run_report().splitlines()
     (line,) = [line for line in told if f"state of {name}" in line]
     # Besides the number of steps and the learning rate.
     slots = [v for v in optimizer.variables if v.shape]
@@ -95,7 +94,7 @@ def test_the_dry_run_says_what_is_not_kept():
     told = []
     for config.model.recompute in (False, True):
         task = LanguageModelTask(config)
-        told.append(", not kept" in dry_run.describe(task.variant(), config))
+        told.append(", not kept" in task.dry_run_report())
     assert told == [False, True]
 
 

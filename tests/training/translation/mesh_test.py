@@ -9,6 +9,7 @@ from moe_tf.distribute import collectives
 from moe_tf.models import layer_specs
 from moe_tf.training import communication
 from moe_tf.training import meshes
+from moe_tf.training.translation import dry_run
 from moe_tf.training.translation.task import TranslationTask
 from tests import process
 from tests import small_text
@@ -69,7 +70,7 @@ def train(names, data, workdir, on_mesh):
             config.mesh.update(CASES[name][0])
         keras.backend.clear_session()
         keras.utils.set_random_seed(config.seed)
-        task = TranslationTask(config, meshes.strategy(config))
+        task = TranslationTask(config, meshes.make_strategy(config))
         prepared = task.prepare(workdir)
         scorer = task.build(prepared)
         fit = functools.partial(
@@ -137,11 +138,9 @@ def test_the_dry_run_tells_what_is_sent(runs, name):
 def told(name):
     config = config_of(name, {})
     config.mesh.update(CASES[name][0])
-    axes, variant = meshes.axes(config), TranslationTask(config).variant()
-    return communication.sent_for_translation_gradients(
-        variant, config, axes
-    ) + sum(
-        communication.sent_for_tokens(
+    axes, variant = meshes.mesh_axes(config), TranslationTask(config).variant()
+    return dry_run.gradient_bytes(variant, config, axes) + sum(
+        communication.token_bytes_sent(
             layer, variant.width, config.data.batch_tokens, config, axes
         )
         for layer in layer_specs.mixtures(variant.layers)
