@@ -1,11 +1,11 @@
-"""How DTensor sums over devices: what it must not do, and what it should.
+"""Settings of DTensor's all-reduces, and a check that they took effect.
 
-A pass that corrupts training is kept off: it merges all-reduces and thereby
-moves the write of a variable past a later read in the same function. Adam then
-applies the moments of the step before, and nothing fails.
+DTensor has a pass that merges all-reduces and thereby moves the write of a
+variable past a later read in the same function. Adam then applies the moments
+of the previous step, and no error is raised. The pass must be off.
 
-Sums of bfloat16 are made in float32: NCCL refuses bfloat16, and each addition
-would round to 8 bits.
+All-reduces of bfloat16 are computed in float32: NCCL refuses bfloat16, and
+each addition would round to 8 bits.
 """
 
 import os
@@ -22,10 +22,11 @@ _IN_FLOAT32 = {
 }
 
 
-def configure_environment():
-    """Sets both in the environment, which DTensor reads once.
+def configure_environment() -> None:
+    """Sets the environment variables that configure DTensor's all-reduces.
 
-    To be called before its first program.
+    Must be called before DTensor's first program: DTensor reads the variables
+    once.
 
     Raises:
         RuntimeError: the environment turns the merging on.
@@ -40,22 +41,21 @@ def configure_environment():
         )
 
 
-def check_not_merged(mesh):
-    """Runs a small program that the pass would break.
-
-    Args:
-        mesh: `dtensor.Mesh`
+def check_not_merged(mesh: dtensor.Mesh) -> None:
+    """Runs a small program that gives wrong values if all-reduces are merged.
 
     Raises:
-        RuntimeError: the pass is on, for an earlier program of the process.
+        RuntimeError: all-reduces are merged, since DTensor read the
+            environment before `configure_environment` was called.
     """
     axis = max(mesh.dim_names, key=mesh.dim_size)
     size = mesh.dim_size(axis)
     if size == 1:
         return
-    whole = placement.layout(mesh, (None,))
+    replicated = placement.layout(mesh, (None,))
     totals = [
-        dtensor.DVariable(placement.put(tf.zeros([1]), whole)) for _ in range(2)
+        dtensor.DVariable(placement.put(tf.zeros([1]), replicated))
+        for _ in range(2)
     ]
 
     @tf.function

@@ -1,7 +1,8 @@
-"""Which processes train together, and which one is this.
+"""Clusters: processes that train together on one mesh.
 
-One mesh may span the devices of several processes, of one machine or of many.
-Every process runs the same program and finds its place by `resolve_cluster`.
+A mesh may span the devices of several processes, on one machine or on many.
+Every process runs the same program. `resolve_cluster` tells a process its
+index and everyone's addresses; `start_cluster` connects the processes.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import dataclasses
 import os
 import signal
 import threading
+from collections.abc import Sequence
 
 import tensorflow as tf
 from tensorflow.dtensor.python import accelerator_util
@@ -20,22 +22,29 @@ from tensorflow.python.eager import context
 
 from moe_tf import checks
 
-_SLURM_PORT = 8888  # of the first task of a machine, as TensorFlow's resolver
+_SLURM_PORT = 8888  # Of a machine's first task, as in TensorFlow's resolver.
 _JOB = "worker"
 _started = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """The processes that train together, and which one is this.
+    """Addresses of the processes that train together, and this one's index.
 
     Attributes:
-        addresses: tuple of `"host:port"`, one for each process and the same
-            for all; the first process leads. Empty for a process on its own.
+        addresses: tuple of `"host:port"`, one for each process and equal in
+            all processes. The first process leads. Empty for a process on its
+            own.
         process_id: int, index of this process.
 
     Raises:
         ValueError: an attribute is not as above, or two addresses are equal.
+
+    Example:
+
+    >>> cluster = moe_tf.distribute.Cluster(("host1:8888", "host2:8888"), 1)
+    >>> cluster.num_processes, cluster.is_first
+    (2, False)
     """
 
     addresses: tuple[str, ...] = ()
@@ -69,11 +78,11 @@ class Cluster:
             )
 
     @property
-    def num_processes(self):
+    def num_processes(self) -> int:
         return max(1, len(self.addresses))
 
     @property
-    def is_first(self):
+    def is_first(self) -> bool:
         return self.process_id == 0
 
 
@@ -81,23 +90,29 @@ def _is_address(address):
     if not isinstance(address, str):
         return False
     host, _, port = address.rpartition(":")
-    # DTensor takes the addresses as one text, with commas between them.
-    if not host or any(sign in host for sign in "/, \t\n"):
+    # DTensor takes the addresses as one string, separated by commas.
+    if not host or any(char in host for char in "/, \t\n"):
         return False
     return port.isascii() and port.isdigit() and 1 <= int(port) <= 65_535
 
 
-def resolve_cluster(addresses=None, process_id=None):
-    """The `Cluster` of this process.
+def resolve_cluster(
+    addresses: Sequence[str] | None = None, process_id: int | None = None
+) -> Cluster:
+    """Returns the `Cluster` of this process.
 
-    From the first of these that is there: the arguments; the environment
-    variable `TF_CONFIG`, as `tf.distribute` reads it, with the role `worker`
-    and at most one `chief`, which comes first; the variables of a SLURM step
-    of several tasks (`srun`); else this process is on its own.
+    Takes the first of these sources that exists:
 
-    In a SLURM step the tasks of a machine listen on ports 8888, 8889, ...:
-    where others may use these, give `addresses`. GPUs are SLURM's to hand out
-    (`--gpus-per-task`).
+    1. the arguments;
+    2. the environment variable `TF_CONFIG`, as `tf.distribute` reads it, with
+       the role `worker` and at most one `chief`, which comes first;
+    3. the environment variables of a SLURM step of several tasks (`srun`).
+
+    Without any, the process is on its own.
+
+    In a SLURM step the tasks of a machine listen on ports 8888, 8889, ...
+    Give `addresses` where other programs may use these ports. SLURM assigns
+    the GPUs (`--gpus-per-task`).
 
     Args:
         addresses: optional list of `"host:port"`, one for each process.
@@ -107,7 +122,13 @@ def resolve_cluster(addresses=None, process_id=None):
         `Cluster`
 
     Raises:
-        ValueError: an argument or a variable cannot be used.
+        ValueError: an argument or an environment variable is malformed.
+
+    Example:
+
+    >>> cluster = moe_tf.distribute.resolve_cluster(["a:8888", "b:8888"], 0)
+    >>> cluster.is_first
+    True
     """
     if (addresses is None) != (process_id is None):
         raise ValueError(
@@ -130,7 +151,8 @@ def _from_tf_config():
         role, index = resolver.task_type, resolver.task_id
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-            'TF_CONFIG must be as {"cluster": {"worker": ["host:port", ...]}, '
+            "TF_CONFIG must look like "
+            '{"cluster": {"worker": ["host:port", ...]}, '
             '"task": {"type": "worker", "index": 0}}. '
             f"Received: TF_CONFIG={text} ({error})"
         ) from error
@@ -162,59 +184,75 @@ def _from_slurm():
     step = {name: os.environ.get(f"SLURM_{name}") for name in names}
     if None in step.values() or step["STEP_NUM_TASKS"] == "1":
         return None
-    # Not `SlurmClusterResolver`: it sorts hosts as text, so that n10 comes
-    # before n2 and tasks get the addresses of others, and it asks a GPU's
-    # driver how many tasks there are.
+    # Not `SlurmClusterResolver`, which sorts hosts as text: n10 comes before
+    # n2, and tasks get the addresses of others. It also asks a GPU's driver
+    # for the number of tasks.
     hosts = slurm.expand_hostlist(step["STEP_NODELIST"])
-    numbers = slurm.expand_tasks_per_node(step["STEP_TASKS_PER_NODE"])
+    task_counts = slurm.expand_tasks_per_node(step["STEP_TASKS_PER_NODE"])
     addresses = [
         f"{host}:{_SLURM_PORT + task}"
-        for host, number in zip(hosts, numbers, strict=True)
-        for task in range(number)
+        for host, num_tasks in zip(hosts, task_counts, strict=True)
+        for task in range(num_tasks)
     ]
     cluster = Cluster(addresses, int(step["PROCID"]))
-    here = os.environ.get("SLURMD_NODENAME")
-    there = addresses[cluster.process_id].rpartition(":")[0]
-    if here is not None and here != there:
+    actual = os.environ.get("SLURMD_NODENAME")
+    expected = addresses[cluster.process_id].rpartition(":")[0]
+    if actual is not None and actual != expected:
         raise ValueError(
-            f"SLURM task {cluster.process_id} must run on {there}: tasks are "
-            "counted machine by machine. Use --distribution=block, or give "
-            f"`addresses`. Received: SLURMD_NODENAME={here}"
+            f"SLURM task {cluster.process_id} must run on {expected}: tasks "
+            "are counted machine by machine. Use --distribution=block, or give "
+            f"`addresses`. Received: SLURMD_NODENAME={actual}"
         )
     return cluster
 
 
-def joined_cluster():
-    """The `Cluster` that this process has started in; else None."""
+def joined_cluster() -> Cluster | None:
+    """Returns the `Cluster` that this process has joined, if any."""
     if not accelerator_util.is_initialized():
         return None
     return Cluster(dtensor.jobs(), dtensor.client_id())
 
 
-def start_cluster(cluster, devices_per_process, device_type="CPU"):
-    """Connects the processes; before anything else uses TensorFlow.
+def start_cluster(
+    cluster: Cluster, devices_per_process: int, device_type: str = "CPU"
+) -> None:
+    """Connects the processes of a cluster.
 
-    `MeshStrategy` calls it with what `resolve_cluster` finds; others need not.
+    `MeshStrategy` does this by itself for the cluster of `resolve_cluster`.
+    Call it first for a cluster of your own, before anything else uses
+    TensorFlow.
 
-    Waits until all have started, up to an hour, and meanwhile no SIGTERM ends
-    the process. Afterwards `dtensor.create_distributed_mesh` makes meshes of
-    all their devices. Called again with equal arguments it does nothing.
+    Waits until all processes have started, for up to an hour; meanwhile
+    SIGTERM does not end the process. Afterwards
+    `dtensor.create_distributed_mesh` makes meshes of all devices. A second
+    call with equal arguments does nothing.
 
     When a process dies, an op that needs it raises `UnavailableError` in the
-    others within a second. One that stops without closing its connections
-    (a machine without power, say) is missed after about 10 seconds; then the
-    error is that or `DeadlineExceededError`.
+    others within a second. A process that stops without closing its
+    connections (on a machine that loses power, for instance) is missed after
+    about 10 seconds; the error is then `UnavailableError` or
+    `DeadlineExceededError`.
 
     Args:
-        cluster: `Cluster`, as all processes have it but for `process_id`.
-        devices_per_process: int. As many virtual CPUs are made; of GPUs, as
-            many must be visible.
+        cluster: `Cluster`, equal in all processes but for `process_id`.
+        devices_per_process: int. So many virtual CPUs are made, or so many
+            GPUs must be visible.
         device_type: `"CPU"` or `"GPU"`.
 
     Raises:
         ValueError: an argument is not as above.
-        RuntimeError: TensorFlow has started, or with other arguments.
-        tf.errors.UnknownError: another program listens on the own port.
+        RuntimeError: TensorFlow has started already, or the process has
+            started a cluster with other arguments.
+        tf.errors.UnknownError: another program listens on this process's
+            port.
+
+    Example:
+
+    ```python
+    cluster = moe_tf.distribute.resolve_cluster(["a:8888", "b:8888"], index)
+    moe_tf.distribute.start_cluster(cluster, devices_per_process=2)
+    strategy = moe_tf.MeshStrategy({"batch": 4})
+    ```
     """
     global _started
     checks.at_least("devices_per_process", devices_per_process, 1)
@@ -223,10 +261,10 @@ def start_cluster(cluster, devices_per_process, device_type="CPU"):
             '`device_type` must be "CPU" or "GPU". '
             f"Received: device_type={device_type}"
         )
-    asked = (cluster, devices_per_process, device_type)
-    if _started == asked:
+    requested = (cluster, devices_per_process, device_type)
+    if _started == requested:
         return
-    _refuse_what_has_started()
+    _check_nothing_has_started()
     _check_gpus(devices_per_process, device_type)
     use_nccl(device_type)
     if cluster.num_processes > 1:
@@ -236,19 +274,20 @@ def start_cluster(cluster, devices_per_process, device_type="CPU"):
             DTENSOR_JOB_NAME=_JOB,
             DTENSOR_JOBS=",".join(cluster.addresses),
         )
-    with _sigterm_kept():
+    with _keeping_sigterm_handler():
         dtensor.initialize_accelerator_system(
             device_type, num_logical_cpu_devices=devices_per_process
         )
-    _started = asked
+    _started = requested
 
 
 @contextlib.contextmanager
-def _sigterm_kept():
-    """Undoes that TensorFlow takes SIGTERM, after which nothing ends by it.
+def _keeping_sigterm_handler():
+    """Restores the SIGTERM handler that TensorFlow replaces.
 
-    It takes it as the news of a preemption, for a checkpoint handler of
-    `tf.distribute` that is not in use here.
+    TensorFlow takes SIGTERM for the notice of a preemption, meant for a
+    checkpoint handler of `tf.distribute` that is not used here. With
+    TensorFlow's handler SIGTERM would no longer end the process.
     """
     handler = signal.getsignal(signal.SIGTERM)
     yield
@@ -257,7 +296,7 @@ def _sigterm_kept():
         signal.signal(signal.SIGTERM, handler)
 
 
-def _refuse_what_has_started():
+def _check_nothing_has_started():
     if _started is not None:
         raise RuntimeError(
             "A process starts once, in one cluster with one number of "
@@ -276,27 +315,30 @@ def _refuse_what_has_started():
         )
 
 
-def use_nccl(device_type):
-    """Lets GPUs talk to each other by NCCL; else all goes through hosts.
+def use_nccl(device_type: str) -> None:
+    """Sets environment variables that let GPUs communicate through NCCL.
 
-    And lets TensorFlow take memory as it needs it: where it has taken all,
-    NCCL has none and fails, "unhandled cuda error". It is said by the
-    environment, since DTensor splits the CPU, with which TensorFlow forgets
-    `set_memory_growth`. What the environment says already stands.
+    Without them all communication goes through the hosts. Variables that are
+    set already keep their values.
+
+    TensorFlow's memory must grow as needed: NCCL fails with "unhandled cuda
+    error" if TensorFlow has reserved all memory. This takes the environment,
+    since TensorFlow forgets `set_memory_growth` when DTensor splits the CPU.
     """
     if device_type == "GPU":
         os.environ.setdefault("DTENSOR_GPU_USE_NCCL_COMMUNICATION", "1")
         os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 
 
-def _check_gpus(number, device_type):
+def _check_gpus(devices_per_process, device_type):
     if device_type != "GPU":
         return
-    there = len(tf.config.get_visible_devices("GPU"))
-    if there != number:
+    num_visible = len(tf.config.get_visible_devices("GPU"))
+    if num_visible != devices_per_process:
         raise ValueError(
             "`devices_per_process` must be the number of visible GPUs: set "
             "CUDA_VISIBLE_DEVICES, or `--devices_per_process` of "
-            f"`moe-tf-launch`. Received: devices_per_process={number}, and "
-            f"{there} are visible"
+            "`moe-tf-launch`. Received: "
+            f"devices_per_process={devices_per_process}, and {num_visible} "
+            "are visible"
         )

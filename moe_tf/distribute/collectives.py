@@ -1,18 +1,26 @@
-"""What devices say to each other in the programs that DTensor makes."""
+"""Collective ops (all-to-all, all-reduce, ...) in DTensor's programs.
+
+For tests and benchmarks: nothing here sends anything. Tokens are sent by
+`moe_tf/dispatch/all_to_all.py`.
+"""
 
 import math
 import typing
+from collections.abc import Callable
 
 import tensorflow as tf
 from tensorflow.python.eager import context
 
 
 class Collective(typing.NamedTuple):
-    """One op of the program of one device.
+    """A collective op in the program of one device.
 
-    `kind` is `all-to-all`, `all-gather`, `all-reduce` or another, `shape`
-    that of what the op gives on one device, `name` says what it serves,
-    `dtype` is the name of what is sent.
+    Attributes:
+        kind: str, `"all-to-all"`, `"all-gather"`, `"all-reduce"` or another.
+        shape: tuple of ints, of the op's result on one device.
+        bytes: int, size of that result.
+        name: str, name of the op, which contains its purpose.
+        dtype: str, name of the dtype that is sent.
     """
 
     kind: str
@@ -22,21 +30,27 @@ class Collective(typing.NamedTuple):
     dtype: str
 
 
-def list_collectives(function, *args):
-    """The `Collective`s of all programs that are first made by a call.
+def list_collectives(
+    function: Callable[..., object], *args: object
+) -> list[Collective]:
+    """Calls a function and lists the collectives of programs it compiles.
 
     Args:
-        function: called with `args`. What it traced before is not seen.
+        function: called with `args`. Programs that it compiled in earlier
+            calls are not included.
+
+    Returns:
+        list of `Collective`.
     """
     before = set(context.context().list_function_names())
     function(*args)
     after = set(context.context().list_function_names())
-    found = []
+    ops = []
     for name in sorted(after - before):
         for node in context.context().get_function_def(name).node_def:
             if node.op.startswith("Collective"):
-                found.append(_read(node))
-    return found
+                ops.append(_read(node))
+    return ops
 
 
 def _read(node):

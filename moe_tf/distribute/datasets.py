@@ -8,22 +8,26 @@ from moe_tf.distribute import process_sync
 _WHOLE = tf.data.experimental.AutoShardPolicy.DATA
 
 
-def shard_batches(dataset):
-    """See `MeshStrategy.shard_batches`."""
+def shard_batches(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Marks a dataset whose batches every process reads whole.
+
+    See `MeshStrategy.shard_batches`.
+    """
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = _WHOLE
     return dataset.with_options(options)
 
 
 class MeshDataset:
-    """A dataset whose batches lie on the mesh, sharded over `batch`.
+    """Dataset whose batches lie on the mesh, sharded over `batch`.
 
-    Not a `tf.data.Dataset`: its iterator would take Keras's steps through
+    Not a `tf.data.Dataset`: Keras's steps would then pass batches through
     `tf.experimental.Optional`, which DTensor cannot lay out.
 
-    Several processes must read as many batches, of equal shapes. A dataset
-    whose `auto_shard_policy` is `DATA`, as Keras makes them of arrays, has
-    batches that all processes read whole; others have this process's part.
+    All processes must read equally many batches, of equal shapes. If the
+    dataset's `auto_shard_policy` is `DATA`, as in the datasets that Keras
+    makes of arrays, every process reads the whole batch. Otherwise a process
+    reads its own part of each batch.
 
     Args:
         dataset: `tf.data.Dataset` of batches.
@@ -42,16 +46,22 @@ class MeshDataset:
             iterator = iter(self._dataset)
         return MeshIterator(iterator, self._strategy, self._whole)
 
-    def cardinality(self):
+    def cardinality(self) -> tf.Tensor:
         return self._dataset.cardinality()
 
 
 class MeshIterator:
-    """Places one batch after another.
+    """Iterator that places batches on the mesh, one batch ahead.
 
-    `fit` and `evaluate` let it look ahead, so one batch more than they use may
-    be drawn from the data. It lies on the devices beside the current one; that
-    of data which `fit` keeps from epoch to epoch, through other work too.
+    `fit` and `evaluate` call `look_ahead` during a step, so one batch more
+    than they use may be drawn from the data. That batch takes memory of the
+    devices beside the current one. `fit` with `steps_per_epoch` keeps its
+    iterator, and the batch, between epochs.
+
+    Args:
+        iterator: iterator of batches on the host.
+        strategy: `MeshStrategy`
+        whole: bool, whether each process reads the whole batch.
     """
 
     def __init__(self, iterator, strategy, whole):
@@ -75,7 +85,8 @@ class MeshIterator:
         if isinstance(batch, Exception):
             raise batch
         self._given += 1
-        # Not before it is asked for: who agrees to a batch takes the step.
+        # Not in `look_ahead`: a process that agrees to a batch must take the
+        # step with it.
         if self._strategy.num_processes > 1:
             describe = (
                 process_sync.checksum
@@ -90,10 +101,10 @@ class MeshIterator:
             raise placed
         return placed
 
-    def look_ahead(self):
+    def look_ahead(self) -> None:
         """Draws and places the next batch now, while devices are at work.
 
-        What `next` is to give or raise is kept until it is called.
+        The batch, or the error that it raised, is kept for `next`.
         """
         if self._ahead is None:
             batch, placed = _tried(next, self._iterator, _END), None
@@ -106,13 +117,13 @@ _END = object()
 
 
 def _tried(function, *args):
-    """What `function` returns, or the exception that it raises."""
+    """Returns the function's result, or the exception that it raises."""
     try:
         return function(*args)
     except Exception as error:
         return error
 
 
-def not_the_end(error, what):
-    """An error to raise in place of one that Keras takes for the data's end."""
+def not_the_end(error: Exception, what: str) -> RuntimeError:
+    """Replaces an error that Keras would take for the end of the data."""
     return RuntimeError(f"{what}; this is not the end of the data: {error}")

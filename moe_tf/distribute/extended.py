@@ -1,4 +1,4 @@
-"""What `tf.distribute` asks a strategy to do, done on a DTensor mesh."""
+"""Implementation of `tf.distribute`'s strategy interface on a DTensor mesh."""
 
 import contextlib
 import weakref
@@ -16,12 +16,12 @@ from moe_tf.distribute import mesh_variables
 from moe_tf.distribute import placement
 from moe_tf.distribute import randomness
 
-# They do no more with sparse gradients than add them to dense values.
+# Optimizers that only add sparse gradients to dense values.
 _ADDING = (keras.optimizers.SGD, keras.optimizers.Adam)
 
 
 class ReplicaContext(dtensor_util.DTensorReplicaContext):
-    """One replica: tensors are global, so gradients are summed already."""
+    """The only replica; gradients of global tensors are reduced already."""
 
     def all_reduce(self, reduce_op, value, options=None):
         return tf.nest.map_structure(
@@ -29,13 +29,13 @@ class ReplicaContext(dtensor_util.DTensorReplicaContext):
         )
 
     def _sparse(self, gradient):
-        """Sparse gradients as optimizers need them on a mesh.
+        """Replicates a sparse gradient where the optimizer needs all rows.
 
-        Most do more with them than add them to dense values. Some divide
-        their rows by dense values and keep rows that become NaN, found by
-        `tf.where`, which DTensor cannot lay out; so every device gets all. And
-        Keras's scatters get a shape in int32 from DTensor, whatever the
-        indices are.
+        Most optimizers do more with sparse gradients than add them to dense
+        values. Some divide the rows by dense values and drop rows that became
+        NaN by `tf.where`, which DTensor cannot lay out; so every device gets
+        all rows. Indices are int32, since DTensor gives Keras's scatters a
+        shape in int32 whatever the indices' dtype.
         """
         if not isinstance(gradient, tf.IndexedSlices):
             return gradient
@@ -54,16 +54,16 @@ class ReplicaContext(dtensor_util.DTensorReplicaContext):
 
 
 class MeshExtended(dtensor_strategy_extended.DTensorStrategyExtended):
-    """Runs everything once, on global tensors; lays variables out.
+    """Runs functions once, on global tensors, and lays variables out.
 
-    TensorFlow's own class knows one-dimensional meshes and replicated
+    TensorFlow's own class supports only one-dimensional meshes and replicated
     variables.
 
     Args:
         strategy: `MeshStrategy`
         mesh: `dtensor.Mesh`
         axes: dict from axis to size.
-        layout_map: the user's `LayoutMap`, asked before the default one.
+        layout_map: the user's `LayoutMap`; its rules precede the default's.
     """
 
     def __init__(self, strategy, mesh, axes, layout_map):
@@ -77,8 +77,8 @@ class MeshExtended(dtensor_strategy_extended.DTensorStrategyExtended):
         all_reduces.configure_environment()
         initial_value, name = kwargs["initial_value"], kwargs.get("name")
         path = mesh_variables.find_path(name, initial_value)
-        kept = ("trainable", "aggregation", "synchronization")
-        kept = {key: kwargs[key] for key in kept if key in kwargs}
+        options = ("trainable", "aggregation", "synchronization")
+        options = {key: kwargs[key] for key in options if key in kwargs}
         with tf.init_scope():
             with placement.host():
                 value = tf.convert_to_tensor(
@@ -97,7 +97,7 @@ class MeshExtended(dtensor_strategy_extended.DTensorStrategyExtended):
                 value,
                 name=name,
                 distribute_strategy=self._container_strategy(),
-                **kept,
+                **options,
             )
         variable.path, variable.spec, variable.rule = path, spec, rule
         if not mesh_variables.active_optimizers():
@@ -105,7 +105,7 @@ class MeshExtended(dtensor_strategy_extended.DTensorStrategyExtended):
         return variable
 
     def _find_spec(self, path, shape):
-        """`(rule, spec)` of a new variable."""
+        """Returns `(rule, spec)` of a new variable."""
         if mesh_variables.active_optimizers():
             weights = [ref() for ref in self._weights]
             spec = mesh_variables.slot_spec(
@@ -116,15 +116,15 @@ class MeshExtended(dtensor_strategy_extended.DTensorStrategyExtended):
             )
             return None, spec
         for layout_map in self._layout_maps:
-            found = layout_map.match(path)
-            if found is not None:
-                layout_maps.check_divides(path, shape, found[1], self._axes)
-                return found
+            matched = layout_map.match(path)
+            if matched is not None:
+                layout_maps.check_divides(path, shape, matched[1], self._axes)
+                return matched
         return None, (None,) * len(shape)
 
     @contextlib.contextmanager
     def colocate_vars_with(self, colocate_with_variable):
-        # Keras's optimizers say here which weight a new slot belongs to.
+        # Keras's optimizers call this with the weight of a new slot.
         outer = self._reference
         self._reference = colocate_with_variable
         try:
@@ -137,7 +137,7 @@ class MeshExtended(dtensor_strategy_extended.DTensorStrategyExtended):
         return 1
 
     def _default_device_scope(self):
-        return None  # Eager code in the scope runs on the host, as ever.
+        return None  # Eager code in the scope runs on the host as usual.
 
     def call_for_each_replica(self, fn, args=(), kwargs=None):
         all_reduces.configure_environment()

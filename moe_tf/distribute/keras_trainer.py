@@ -1,14 +1,17 @@
-"""What Keras's trainer lacks for a mesh; put in place once, for mesh models.
+"""Patches Keras's TensorFlow trainer for models on a mesh.
 
-`fit` takes its steps through a strategy, but four things it does by itself:
-it hands `train_on_batch`'s arrays to the step as they are, takes any
-`OutOfRangeError` for the end of the data, draws a batch to build the model
-from and throws it away, and reads predictions as if one device held them.
-The next batch is placed while devices are at work on this one.
-A step is traced for each shape of batches by itself: with Keras's one trace
-for many shapes, layers would not know what devices share.
-Besides, several processes must come in and out together, and see why not.
-Models of other strategies, or of none, are not touched.
+Models of other strategies, or of none, are not affected. Five changes:
+
+- Batches are placed on the mesh, the next one while a step runs.
+- A step is traced once for each shape of batches. With Keras's one trace for
+  many shapes, sizes would be unknown and layers could not see how a tensor is
+  sharded.
+- An `OutOfRangeError` inside a step is an error, not the end of the data.
+- The model is built from the dataset's specs, so that no batch is lost.
+- Predictions are fetched to the host.
+
+With several processes, `fit`, `evaluate` and `predict` end together, and a
+lost process is reported.
 """
 
 import contextlib
@@ -26,8 +29,8 @@ from moe_tf.distribute import placement
 from moe_tf.distribute import process_sync
 
 
-def install():
-    """Extends Keras's trainer; the second call does nothing."""
+def install() -> None:
+    """Patches Keras's trainer; a second call does nothing."""
     if hasattr(TensorFlowTrainer, "_steps_on_mesh"):
         return
     TensorFlowTrainer._steps_on_mesh = True
@@ -53,10 +56,10 @@ def _mesh_strategy(model):
 
 
 def _placing_batches(make_function):
-    """Of `_make_function`: steps that tell data from errors.
+    """Wraps `_make_function`: places batches, and tells errors from the end.
 
-    While a step runs, the next batch is placed; with `steps_per_execution`
-    that of the next execution's first step.
+    While a step runs, the next batch is placed. With `steps_per_execution`,
+    that is the first batch of the next execution.
     """
 
     def make(self, step_function):
@@ -90,7 +93,7 @@ def _placing_batches(make_function):
 
 
 def _fetching_predictions(make_predict_function):
-    """Of `make_predict_function`: outputs on the host."""
+    """Wraps `make_predict_function`: fetches outputs to the host."""
 
     def make(self, force=False):
         before = self.predict_function
@@ -127,7 +130,7 @@ def _fetching_predictions(make_predict_function):
 
 
 def _building_from_specs(maybe_symbolic_build):
-    """Of `_maybe_symbolic_build`: no batch is drawn from the data."""
+    """Wraps `_maybe_symbolic_build`: draws no batch from the data."""
 
     def build(self, iterator=None, data_batch=None):
         if _mesh_strategy(self) is not None and iterator is not None:
@@ -151,7 +154,7 @@ def _agree_on_length(num_batches):
 
 
 def _ending_together(method):
-    """Of `fit`, `evaluate`, `predict`: no process ends it before others."""
+    """Wraps `fit`, `evaluate`, `predict`: processes end them together."""
 
     def run(self, *args, **kwargs):
         if _mesh_strategy(self) is None:
@@ -165,7 +168,7 @@ def _ending_together(method):
 
 
 def _beginning_together(method):
-    """Of `train_on_batch` and its like."""
+    """Wraps `train_on_batch` and similar: processes begin them together."""
 
     def run(self, *args, **kwargs):
         if _mesh_strategy(self) is None:
@@ -186,7 +189,7 @@ def _has_rank(spec):
 
 @contextlib.contextmanager
 def _finishing_steps():
-    """Waits for the devices, so that an error is that of this step."""
+    """Waits for the devices at the end, so that a step's errors surface."""
     try:
         yield
         context.async_wait()

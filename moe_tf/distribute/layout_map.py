@@ -1,22 +1,19 @@
-"""Says how variables are laid out on a mesh."""
+"""Rules that give variables their layouts on a mesh."""
 
-import collections.abc
 import re
+from collections.abc import Mapping
+from collections.abc import Sequence
 
 from moe_tf import sharding
 
 
-class LayoutMap(collections.abc.Mapping):
+class LayoutMap(Mapping):
     """Layouts of variables by regular expressions on their paths.
 
-    As `keras.distribution.LayoutMap`, but for `moe_tf.MeshStrategy`:
+    Counterpart of `keras.distribution.LayoutMap` for `moe_tf.MeshStrategy`.
 
-    ```python
-    LayoutMap({"embedding/embeddings": ("model", None)})
-    ```
-
-    A key that is the path itself comes first; otherwise every key that
-    `re.search` finds in the path counts, and they must agree.
+    A key equal to the path takes precedence. Otherwise all keys that
+    `re.search` finds in the path must give the same layout.
 
     Args:
         layouts: mapping from regular expressions to tuples with the name of a
@@ -24,9 +21,22 @@ class LayoutMap(collections.abc.Mapping):
 
     Raises:
         ValueError: a key is no regular expression, or a value no such tuple.
+
+    Example:
+
+    >>> layout_map = moe_tf.distribute.LayoutMap(
+    ...     {"embeddings$": ("model", None)}
+    ... )
+    >>> layout_map.match("embedding/embeddings")
+    ('embeddings$', ('model', None))
+    >>> layout_map.match("dense/kernel") is None
+    True
     """
 
-    def __init__(self, layouts=None):
+    def __init__(
+        self,
+        layouts: Mapping[str, Sequence[str | None]] | None = None,
+    ):
         self._layouts = {}
         for pattern, spec in dict(layouts or {}).items():
             try:
@@ -54,34 +64,34 @@ class LayoutMap(collections.abc.Mapping):
     def __len__(self):
         return len(self._layouts)
 
-    def match(self, path):
-        """The layout of the variable `path`.
+    def match(self, path: str) -> tuple[str, tuple[str | None, ...]] | None:
+        """Looks up the layout of a variable.
 
         Args:
-            path: str
+            path: str, path of the variable.
 
         Returns:
-            `(pattern, tuple)`; None where no key matches.
+            `(key, layout)`, or None where no key matches.
 
         Raises:
             ValueError: keys with different layouts match.
         """
         if path in self._layouts:
             return path, self._layouts[path]
-        found = {
+        matching = {
             pattern: spec
             for pattern, spec in self._layouts.items()
             if re.search(pattern, path)
         }
-        if len(set(found.values())) > 1:
+        if len(set(matching.values())) > 1:
             raise ValueError(
                 f"Keys of the layout map disagree about the variable {path}; "
-                f"make them narrower. Matching: {found}"
+                f"make them more specific. Matching: {matching}"
             )
-        return next(iter(found.items()), None)
+        return next(iter(matching.items()), None)
 
-    def unmatched(self, paths):
-        """The keys that are for none of the variables `paths`, in a list."""
+    def unmatched(self, paths: Sequence[str]) -> list[str]:
+        """Lists the keys that match none of the variables' paths."""
         return [
             pattern
             for pattern in self._layouts
@@ -89,8 +99,8 @@ class LayoutMap(collections.abc.Mapping):
             and not any(re.search(pattern, path) for path in paths)
         ]
 
-    def check_axes(self, axes):
-        """Raises `ValueError` if a layout names an axis that `axes` has not."""
+    def check_axes(self, axes: Mapping[str, int]) -> None:
+        """Raises `ValueError` if a layout names an axis not in `axes`."""
         for pattern, spec in self._layouts.items():
             for axis in _axes_of(spec):
                 if axis not in axes:
@@ -101,24 +111,30 @@ class LayoutMap(collections.abc.Mapping):
                     )
 
 
-def default_layout_map(axes):
-    """The `LayoutMap` that shards the experts of every `SparseMoE`."""
+def default_layout_map(axes: Mapping[str, int]) -> LayoutMap:
+    """Returns the `LayoutMap` that shards the experts of every `SparseMoE`."""
     axis = sharding.expert_axis(axes)
     return LayoutMap({r"experts/expert_(in|out)_kernel$": (axis, None, None)})
 
 
-def check_divides(name, shape, spec, axes):
+def check_divides(
+    name: str,
+    shape: Sequence[int | None],
+    spec: Sequence[str | None],
+    axes: Mapping[str, int],
+) -> None:
     """Refuses a layout that does not suit a shape.
 
     Args:
-        name: str, of what is laid out.
-        shape: ints, or None for a dimension that is not known.
+        name: str, name of the tensor or variable for error messages.
+        shape: ints, or None for an unknown dimension.
         spec: tuple of axis names and None.
         axes: dict from axis to size.
 
     Raises:
         ValueError: the ranks differ, an axis does not exist, or its size does
-            not divide the dimension; with the nearest that would.
+            not divide the dimension. The message has the nearest sizes that
+            would.
     """
     shape = tuple(shape)
     if len(spec) != len(shape):
@@ -148,7 +164,7 @@ def check_divides(name, shape, spec, axes):
 
 
 def _axes_of(spec):
-    """The axes that `spec` names; None if it is no layout."""
+    """Returns the axes that `spec` names; None if `spec` is no layout."""
     if not isinstance(spec, tuple | list):
         return None
     named = [axis for axis in spec if axis is not None]

@@ -1,18 +1,28 @@
-"""Shows and checks how a model lies on a mesh."""
+"""Layouts of a model's variables on a mesh: a summary and a check."""
 
 import math
 import typing
 import warnings
 
+import keras
+import tensorflow as tf
 from tensorflow.experimental import dtensor
 
 from moe_tf.distribute import mesh_variables
 
-LARGE = 64 * 2**20
+LARGE = 64 * 2**20  # Bytes above which a replicated variable is reported.
 
 
 class VariableLayout(typing.NamedTuple):
-    """A variable on a mesh."""
+    """A variable's shape, dtype, layout and size on a mesh.
+
+    Attributes:
+        path: str, Keras's path of the variable.
+        shape: tuple of ints, of the global variable.
+        dtype: str
+        layout: tuple of axis names and None.
+        bytes_per_device: int
+    """
 
     path: str
     shape: tuple
@@ -29,13 +39,15 @@ class VariableLayout(typing.NamedTuple):
         )
 
 
-def variable_layouts(model, axes):
-    """`VariableLayout`s of the variables of `model` and its optimizer."""
+def variable_layouts(
+    model: keras.Model, axes: dict[str, int]
+) -> list[VariableLayout]:
+    """Lists the layouts of the variables of a model and its optimizer."""
     return [_row(variable, axes) for variable in _variables(model)]
 
 
-def check_layouts(model, strategy):
-    """See `MeshStrategy.check`."""
+def check_layouts(model: keras.Model, strategy: tf.distribute.Strategy) -> None:
+    """Implements `MeshStrategy.check`."""
     axes, used = strategy.axes, {"batch"}
     large = []
     for variable in _variables(model):
@@ -62,15 +74,15 @@ def check_layouts(model, strategy):
     )
     if unmatched:
         warnings.warn(
-            "No variable of the model has a path that these keys of the "
-            f"`layout_map` would be found in: {unmatched}; `strategy.summary` "
-            "tells the paths",
+            "No variable of the model has a path that matches these keys of "
+            f"the `layout_map`: {unmatched}; `strategy.summary` lists the "
+            "paths",
             stacklevel=2,
         )
     if large and strategy.mesh.size > 1:
         warnings.warn(
-            "Every device holds these variables whole; a `layout_map` can "
-            "shard them:\n" + "\n".join(large),
+            "These variables are replicated on every device; a `layout_map` "
+            "can shard them:\n" + "\n".join(large),
             stacklevel=2,
         )
     idle = [name for name in axes if name not in used and axes[name] > 1]
@@ -83,9 +95,9 @@ def check_layouts(model, strategy):
 
 
 def _variables(model):
-    """The `MeshVariable`s of `model` and its optimizer, each once."""
+    """Lists the `MeshVariable`s of a model and its optimizer, each once."""
     optimizer = getattr(model, "optimizer", None)
-    found = {}
+    by_id = {}
     for variable in [*model.variables, *getattr(optimizer, "variables", ())]:
         value = variable.value
         if not isinstance(value, mesh_variables.MeshVariable):
@@ -94,12 +106,12 @@ def _variables(model):
                 "strategy's scope. Make and compile the model inside "
                 "`with strategy.scope():`."
             )
-        found[id(value)] = value
-    return list(found.values())
+        by_id[id(value)] = value
+    return list(by_id.values())
 
 
 def _layout(tensor):
-    """That of a DTensor, as a tuple of axis names and None."""
+    """Returns a DTensor's layout as a tuple of axis names and None."""
     specs = dtensor.fetch_layout(tensor).sharding_specs
     return tuple(None if axis == dtensor.UNSHARDED else axis for axis in specs)
 

@@ -1,9 +1,10 @@
-"""Makes DTensor meshes, and the virtual devices of a CPU."""
+"""Creation of DTensor meshes, and of the virtual devices of a CPU."""
 
 import itertools
 import math
 import operator
 import os
+from collections.abc import Sequence
 
 import keras
 import tensorflow as tf
@@ -16,25 +17,30 @@ from moe_tf.distribute import cluster as clusters
 AXES = ("batch", "expert", "model")
 
 
-def create_mesh(axes, device_type=None, devices=None):
-    """A mesh with the given axes.
+def create_mesh(
+    axes: dict[str, int],
+    device_type: str | None = None,
+    devices: Sequence[str] | None = None,
+) -> dtensor.Mesh:
+    """Creates a mesh with the given axes.
+
+    If this process is one of several (see `cluster`), the processes are
+    connected first, and the mesh has the devices of all.
 
     Args:
-        axes: dict from name to size, the slowest first. See `MeshStrategy`.
+        axes: dict from name to size, the slowest axis first. See
+            `MeshStrategy`.
         device_type: `"CPU"`, `"GPU"` or `"TPU"`; None for the accelerators of
             this machine, or CPUs where it has none.
         devices: optional list of names such as `"GPU:1"`, one for each place
             of the mesh. Defaults to the first ones.
 
-    Where this process has been started as one of several (`cluster`), they
-    are connected first, and the mesh has the devices of all.
-
     Returns:
         `dtensor.Mesh`
 
     Raises:
-        ValueError: an argument is not as above, or there are fewer devices,
-            or processes would not have equally many.
+        ValueError: an argument is not as above, there are too few devices,
+            or processes would not have equally many devices.
         RuntimeError: another strategy is in use, TensorFlow has started
             without the devices, or all-reduces are merged.
     """
@@ -65,7 +71,7 @@ def create_mesh(axes, device_type=None, devices=None):
 
 
 def _across_processes(axes, cluster, device_type, devices):
-    """A mesh of all devices of several processes."""
+    """Creates a mesh of all devices of several processes."""
     if devices is not None:
         raise ValueError(
             "A mesh of several processes takes all of their devices; leave "
@@ -74,12 +80,12 @@ def _across_processes(axes, cluster, device_type, devices):
     per_process = _devices_per_process(axes, cluster)
     if clusters.joined_cluster() is None:
         clusters.start_cluster(cluster, per_process, device_type)
-    there = dtensor.num_local_devices(device_type)
-    if there != per_process:
+    num_local = dtensor.num_local_devices(device_type)
+    if num_local != per_process:
         raise ValueError(
             f"axes={axes} take {per_process} {device_type} devices of each of "
             f"{cluster.num_processes} processes, and a mesh takes all of "
-            f"them, but this process has started with {there}."
+            f"them, but this process has started with {num_local}."
         )
     return dtensor.create_distributed_mesh(
         list(axes.items()), device_type=device_type
@@ -87,28 +93,30 @@ def _across_processes(axes, cluster, device_type, devices):
 
 
 def _devices_per_process(axes, cluster):
-    number, size = cluster.num_processes, math.prod(axes.values())
-    if size % number:
+    num_processes, size = cluster.num_processes, math.prod(axes.values())
+    if size % num_processes:
         raise ValueError(
-            f"{number} processes must have equally many of the {size} devices "
-            f"that axes={axes} take: a multiple of {number} in all."
+            f"{num_processes} processes must have equally many of the {size} "
+            f"devices that axes={axes} take: a multiple of {num_processes} in "
+            "all."
         )
-    told = os.environ.get("MOE_TF_DEVICES_PER_PROCESS", str(size // number))
-    if told != str(size // number):
+    per_process = size // num_processes
+    launched = os.environ.get("MOE_TF_DEVICES_PER_PROCESS", str(per_process))
+    if launched != str(per_process):
         raise ValueError(
-            f"axes={axes} take {size // number} devices of each of {number} "
-            "processes. Change the axes, or `--devices_per_process` of "
-            "`moe-tf-launch`. Received: MOE_TF_DEVICES_PER_PROCESS="
-            f"{told}"
+            f"axes={axes} take {per_process} devices of each of "
+            f"{num_processes} processes. Change the axes, or "
+            "`--devices_per_process` of `moe-tf-launch`. "
+            f"Received: MOE_TF_DEVICES_PER_PROCESS={launched}"
         )
-    return size // number
+    return per_process
 
 
-def check_axes(axes):
-    """`axes` as a dict of ints.
+def check_axes(axes: dict[str, int]) -> dict[str, int]:
+    """Validates mesh axes; returns them as a dict of ints.
 
     Raises:
-        ValueError: it is not one, or a name or size cannot be used.
+        ValueError: `axes` is no dict, or a name or size cannot be used.
     """
     try:
         sizes = {name: operator.index(size) for name, size in axes.items()}
@@ -167,23 +175,24 @@ def _configure_cpus(count, axes):
             cpu, [tf.config.LogicalDeviceConfiguration()] * count
         )
     except RuntimeError as error:  # TensorFlow has started.
-        there = len(tf.config.list_logical_devices("CPU"))
-        if there < count:
+        num_started = len(tf.config.list_logical_devices("CPU"))
+        if num_started < count:
             raise RuntimeError(
                 f"axes={axes} take {count} CPU devices, but TensorFlow has "
-                f"started with {there}. Make the strategy before anything "
-                "else that uses TensorFlow (tensors, models, datasets), or "
-                f"take {nearest_axes(axes, there)}."
+                f"started with {num_started}. Make the strategy before "
+                "anything else that uses TensorFlow (tensors, models, "
+                f"datasets), or take {nearest_axes(axes, num_started)}."
             ) from error
 
 
 def _start_accelerators(device_type, size, axes):
-    there = len(tf.config.get_visible_devices(device_type))
-    if there < size:
-        fits = nearest_axes(axes, there) if there else "device_type='CPU'"
+    num_visible = len(tf.config.get_visible_devices(device_type))
+    if num_visible < size:
+        nearest = nearest_axes(axes, num_visible) if num_visible else None
+        fits = nearest or "device_type='CPU'"
         raise ValueError(
             f"axes={axes} take {size} {device_type} devices, but there are "
-            f"{there}; {fits} would fit."
+            f"{num_visible}; {fits} would fit."
         )
     if accelerator_util.is_initialized():
         return
@@ -197,8 +206,8 @@ def _start_accelerators(device_type, size, axes):
         ) from error
 
 
-def nearest_axes(axes, count):
-    """The largest mesh of at most `count` devices and no axis above `axes`."""
+def nearest_axes(axes: dict[str, int], count: int) -> dict[str, int]:
+    """Returns the largest axes within `axes` of at most `count` devices."""
     sizes = itertools.product(
         *(range(1, min(size, count) + 1) for size in axes.values())
     )

@@ -1,10 +1,12 @@
-"""The strategy that trains Keras models on a mesh of devices."""
+"""Strategy that trains Keras models on a mesh of devices."""
 
 import functools
 import warnings
 import weakref
+from collections.abc import Sequence
 
 import keras
+import numpy as np
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
@@ -18,6 +20,9 @@ from moe_tf.distribute import mesh as meshes
 from moe_tf.distribute import placement
 from moe_tf.distribute import process_sync
 from moe_tf.distribute import rnn_unrolling
+from moe_tf.distribute.layout_map import LayoutMap
+from moe_tf.types import Nest
+from moe_tf.types import Tensor
 
 
 class MeshStrategy(tf.distribute.Strategy):
@@ -35,8 +40,17 @@ class MeshStrategy(tf.distribute.Strategy):
            2     3rd 1/4    4 5                 2     2nd half   0 1 2 3
            3     4th 1/4    6 7                 3     2nd half   4 5 6 7
 
-    Every other variable is replicated. `docs/mesh.md` shows what is sent,
-    lists what is refused, and covers several processes.
+    Every other variable is replicated. Random draws, dropout's too, and the
+    order of the data are those of one device. A batch that the axis `batch`
+    does not divide is computed whole by every device, which is exact but
+    saves nothing; a warning reports it. Keras's recurrent layers are unrolled.
+
+    With several processes (`distribute.resolve_cluster`) all run one program,
+    and the mesh has the devices of all, in the order of the processes. Each
+    process reads its own part of every batch (`input_context`, `own_rows`),
+    or all read whole batches (`shard_batches`, or arrays given to `fit`). All
+    must make the same calls with equally many batches; otherwise, or when a
+    process is lost, they raise `RuntimeError`. `docs/mesh.md` tells more.
 
     Args:
         axes: dict from axis name to size, in the order of the devices, the
@@ -75,7 +89,12 @@ class MeshStrategy(tf.distribute.Strategy):
     """
 
     def __init__(
-        self, axes, *, layout_map=None, device_type=None, devices=None
+        self,
+        axes: dict[str, int],
+        *,
+        layout_map: LayoutMap | dict | None = None,
+        device_type: str | None = None,
+        devices: Sequence[str] | None = None,
     ):
         self.axes = meshes.check_axes(axes)
         layout_map = layout_maps.LayoutMap(layout_map)
@@ -91,39 +110,44 @@ class MeshStrategy(tf.distribute.Strategy):
             extended.MeshExtended(self, self.mesh, self.axes, layout_map)
         )
         self._checked = weakref.WeakSet()
-        self._told = False
+        self._warned = False
         keras_trainer.install()
         rnn_unrolling.install()
 
     @property
-    def num_processes(self):
-        """How many processes the mesh spans."""
+    def num_processes(self) -> int:
+        """Number of processes that the mesh spans."""
         return dtensor.num_clients()
 
     @property
-    def process_id(self):
-        """Which of the processes this is, from 0."""
+    def process_id(self) -> int:
+        """Index of this process, from 0."""
         return dtensor.client_id()
 
     @property
-    def is_first(self):
-        """Whether this process is the one to print and write for all."""
+    def is_first(self) -> bool:
+        """Whether this is process 0, which prints and writes for all."""
         return self.process_id == 0
 
-    def reduce(self, reduce_op, value, axis=None):
-        """`value`, reduced over `axis`; it is global, so of one replica."""
+    def reduce(
+        self,
+        reduce_op: tf.distribute.ReduceOp | str,
+        value: Tensor,
+        axis: int | None = None,
+    ) -> tf.Tensor:
+        """Reduces a global tensor over `axis`; there is one replica only."""
         if axis is None:
             return value
         mean = "MEAN" in str(reduce_op).upper()
         return (tf.reduce_mean if mean else tf.reduce_sum)(value, axis=axis)
 
-    def constrain(self, tensor, *spec):
-        """See `moe_tf.sharding.constrain`."""
+    def constrain(self, tensor: tf.Tensor, *spec: str | None) -> tf.Tensor:
+        """Gives a DTensor a layout. See `moe_tf.sharding.constrain`."""
         layout_maps.check_divides("a tensor", tensor.shape, spec, self.axes)
         return placement.relayout(tensor, placement.layout(self.mesh, spec))
 
-    def summary(self, model):
-        """How the variables of `model` and its optimizer lie on the mesh.
+    def summary(self, model: keras.Model) -> list[layout_report.VariableLayout]:
+        """Lists the layouts of the variables of a model and its optimizer.
 
         Args:
             model: built Keras model, made in the scope.
@@ -133,8 +157,8 @@ class MeshStrategy(tf.distribute.Strategy):
         """
         return layout_report.variable_layouts(model, self.axes)
 
-    def check(self, model):
-        """Makes sure that `model` is laid out as the layout map asks.
+    def check(self, model: keras.Model) -> None:
+        """Checks that the layouts of a model's variables follow the rules.
 
         The first step of `fit`, `evaluate`, `predict` or a method for one
         batch calls it.
@@ -144,22 +168,24 @@ class MeshStrategy(tf.distribute.Strategy):
 
         Raises:
             ValueError: a variable was not made in the scope, or has another
-                layout than was asked for.
+                layout than the layout map gives.
 
         Warns:
-            Rules that name no variable, large variables that no rule names,
-            and axes that no variable is sharded over.
+            For rules that match no variable, for large variables that no rule
+            matches, and for axes that no variable is sharded over.
         """
         layout_report.check_layouts(model, self)
 
-    def check_once(self, model):
-        """`check`, if `model` has not been checked."""
+    def check_once(self, model: keras.Model) -> None:
+        """Calls `check` unless the model has been checked."""
         if model not in self._checked:
             self.check(model)
             self._checked.add(model)
 
-    def fetch(self, variable):
-        """The whole value of a variable; all processes must ask for it.
+    def fetch(self, variable: keras.Variable | tf.Variable) -> np.ndarray:
+        """Fetches the whole value of a variable to the host.
+
+        All processes must call it together.
 
         Args:
             variable: `keras.Variable` or `tf.Variable` made in the scope.
@@ -169,8 +195,10 @@ class MeshStrategy(tf.distribute.Strategy):
         """
         return _on_mesh(variable).numpy()
 
-    def assign(self, variable, value):
-        """Assigns a whole value, of which each device receives its shard.
+    def assign(
+        self, variable: keras.Variable | tf.Variable, value: Tensor
+    ) -> None:
+        """Assigns a whole value; each device receives its shard of it.
 
         Args:
             variable: as for `fetch`.
@@ -186,8 +214,8 @@ class MeshStrategy(tf.distribute.Strategy):
             )
         _on_mesh(variable).assign(value)
 
-    def own_rows(self, batch):
-        """The part of a batch that this process works on.
+    def own_rows(self, batch: Nest) -> Nest:
+        """Returns the part of a batch that this process works on.
 
         Args:
             batch: nest of arrays or tensors whose first dimension counts
@@ -201,29 +229,31 @@ class MeshStrategy(tf.distribute.Strategy):
                 number of examples.
         """
         parts = self.input_context.num_input_pipelines
-        own = self.input_context.input_pipeline_id
+        part = self.input_context.input_pipeline_id
         size = self.axes["batch"]
 
-        def cut(value):
+        def slice_rows(value):
             if not len(value.shape):
                 return value
             if value.shape[0] % size:
                 raise ValueError(
                     f"A batch must have a multiple of {size} examples to be "
-                    f"shared by devices. Received: {value.shape[0]} examples"
+                    f"sharded. Received: {value.shape[0]} examples"
                 )
             length = value.shape[0] // parts
-            return value[own * length : (own + 1) * length]
+            return value[part * length : (part + 1) * length]
 
-        return tf.nest.map_structure(cut, batch) if parts > 1 else batch
+        if parts == 1:
+            return batch
+        return tf.nest.map_structure(slice_rows, batch)
 
-    def shard_batches(self, dataset):
-        """Marks a dataset that all processes read alike, batch by batch.
+    def shard_batches(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
+        """Marks a dataset whose batches every process reads whole.
 
-        Its batches are whole ones, and each process takes its rows of them:
-        that gives exactly the batches of one process, those that the axis
-        `batch` does not divide included, but all read everything. Checksums
-        make sure that the batches are equal.
+        Each process takes its own examples of each batch. Batches are then
+        exactly those of one process, also where the axis `batch` does not
+        divide them, but every process reads all data. Checksums verify that
+        the processes read equal batches.
 
         Args:
             dataset: `tf.data.Dataset` of batches.
@@ -233,14 +263,15 @@ class MeshStrategy(tf.distribute.Strategy):
         """
         return datasets.shard_batches(dataset)
 
-    def put_batch(self, batch, whole=False):
-        """`batch` on the mesh, its examples sharded over `batch`.
+    def put_batch(self, batch: Nest, whole: bool = False) -> Nest:
+        """Places a batch on the mesh, its examples sharded over `batch`.
 
         Args:
             batch: nest of tensors or arrays whose first dimension counts
                 examples; scalars are replicated. With several processes, the
-                part of this one.
-            whole: bool, whether it is the whole batch in every process.
+                part of this process, unless `whole`.
+            whole: bool, whether every process gives the whole batch.
+                Defaults to `False`.
 
         Returns:
             The same nest of DTensors.
@@ -264,24 +295,24 @@ class MeshStrategy(tf.distribute.Strategy):
         if dtensor.is_dtensor(value):
             return value
         placed = placement.put_batch(value, self.mesh, whole)
-        if value.shape.rank and not self._told:
-            self._tell_if_whole(placed)
+        if value.shape.rank and not self._warned:
+            self._warn_if_replicated(placed)
         return placed
 
-    def _tell_if_whole(self, batch):
+    def _warn_if_replicated(self, batch):
         size = self.axes["batch"]
         if size == 1 or not dtensor.fetch_layout(batch).is_fully_replicated():
             return
-        self._told = True
+        self._warned = True
         warnings.warn(
-            f"A batch of {batch.shape[0]} examples cannot be shared by the "
-            f"{size} devices along `batch`, so each computes it whole, in the "
-            "memory of all. Batch with `drop_remainder=True`, or with a "
+            f"A batch of {batch.shape[0]} examples cannot be sharded over the "
+            f"{size} devices along `batch`, so every device computes the whole "
+            "batch. Batch with `drop_remainder=True`, or with a "
             f"multiple of {size} examples, to avoid that.",
             stacklevel=2,
         )
 
 
 def _on_mesh(variable):
-    """The `MeshVariable` of a Keras variable, or itself."""
+    """Returns the `MeshVariable` of a Keras variable, or the argument."""
     return variable.value if isinstance(variable, keras.Variable) else variable

@@ -1,4 +1,4 @@
-"""Variables on a mesh."""
+"""Variables on a mesh, and the layouts of optimizers' variables."""
 
 import keras
 import numpy as np
@@ -13,29 +13,29 @@ from moe_tf.distribute import process_sync
 
 
 class MeshVariable(dtensor.DVariable):
-    """A variable whose shards lie on the devices of a mesh.
+    """Variable whose shards lie on the devices of a mesh.
 
-    It can be read and assigned as any other: `numpy()` gives all of it, put
-    together on the host, and a value of this process that is assigned is cut
-    on the host. No device holds a sharded variable whole. It keeps its layout
-    whatever is assigned. Where there are several processes all must read a
-    sharded variable, and assign equal values.
+    Reads and assigns like any other variable. `numpy()` assembles the value on
+    the host, and an assigned value is split on the host, so no device ever
+    holds a sharded variable whole. Assignments keep the layout. With several
+    processes, all must read a sharded variable together, and assign equal
+    values.
 
     Sparse updates (`tf.IndexedSlices`, the gradients of embeddings) become
-    dense ones: DTensor cannot lay scatters out. That happens here, where
-    optimizers write, because on their way they treat sparse gradients in
-    another way than dense ones (Adam squares before it sums), and should do
-    so as on one device.
+    dense here, since DTensor cannot lay scatters out. They must stay sparse
+    up to this point: optimizers treat sparse gradients differently (Adam
+    squares rows before it adds duplicates), and a mesh should give what one
+    device gives.
 
     Attributes:
         path: str, Keras's path of the variable.
         spec: tuple of axis names and None, the layout.
-        rule: key of the layout map that gave it, or None.
+        rule: key of the layout map that gave the layout, or None.
     """
 
-    path = spec = rule = None  # TensorFlow lets no arguments be added.
+    path = spec = rule = None  # TensorFlow allows no further arguments.
 
-    def numpy(self):
+    def numpy(self) -> np.ndarray:
         if any(self.spec):
             process_sync.agree("reading a sharded variable", 0, self.path)
         return placement.get(self.read_value())
@@ -65,8 +65,8 @@ class MeshVariable(dtensor.DVariable):
         )
 
     def _dense(self, rows):
-        # Of the variable's own length: DTensor cannot cut what `rows` says
-        # of it, a tensor, into shards.
+        # The length comes from the variable: `rows.dense_shape` is a tensor,
+        # from which DTensor could not tell the sizes of shards.
         return tf.math.unsorted_segment_sum(
             rows.values, rows.indices, self.shape[0]
         )
@@ -74,7 +74,7 @@ class MeshVariable(dtensor.DVariable):
     def _laid_out(self, value):
         if not tf.executing_eagerly():
             value = tf.convert_to_tensor(value, dtype=self.dtype)
-            if sharding.axes() is None:  # Traced to be exported.
+            if sharding.axes() is None:  # Traced for an export.
                 return value
             return placement.relayout(value, self.layout)
         with placement.host():
@@ -86,12 +86,12 @@ class MeshVariable(dtensor.DVariable):
         return placement.put(value, self.layout)
 
 
-def find_path(name, initial_value):
-    """Keras's path of a variable that is being created.
+def find_path(name: str, initial_value: object) -> str:
+    """Returns Keras's path of a variable that is being created.
 
-    Variables of layers that are built inside another layer's `call` are
-    created later, outside their scopes. Keras then hands over a function
-    that holds its own variable, which knows its path.
+    A layer that is built inside another layer's `call` creates its variables
+    later, outside its name scope. `initial_value` is then a function whose
+    closure holds the Keras variable, which has the path.
     """
     for cell in getattr(initial_value, "__closure__", None) or ():
         if isinstance(cell.cell_contents, keras.Variable):
@@ -99,27 +99,33 @@ def find_path(name, initial_value):
     return "/".join(part for part in (current_path(), name) if part)
 
 
-def active_optimizers():
-    """The Keras optimizers at work, outermost first."""
+def active_optimizers() -> list[keras.optimizers.Optimizer]:
+    """Lists the Keras optimizers with open name scopes, outermost first."""
     scopes = global_state.get_global_attribute("name_scope_stack") or ()
     kind = keras.optimizers.Optimizer
     return [s.caller for s in scopes if isinstance(s.caller, kind)]
 
 
-def slot_spec(name, shape, reference, weights):
-    """The layout of an optimizer's variable: that of its weight.
+def slot_spec(
+    name: str,
+    shape: tuple[int, ...],
+    reference: MeshVariable | None,
+    weights: list[MeshVariable],
+) -> tuple[str | None, ...]:
+    """Returns the layout of an optimizer's variable, taken from its weight.
 
     Args:
-        name: str, without its scope. Keras puts the weight's path or name
-            into it.
-        shape: tuple of ints: the weight's, or that without its last or
-            last but one dimension (means along rows or columns).
-        reference: the weight, where Keras says it, or None.
-        weights: list of `MeshVariable`, where to look for it otherwise.
+        name: str, the variable's name without its scope. Keras makes it of
+            the weight's path or name.
+        shape: tuple of ints: the weight's shape, or the weight's shape
+            without its last or last but one dimension (means along rows or
+            columns).
+        reference: the weight, where Keras gives it, or None.
+        weights: list of `MeshVariable` to search otherwise.
 
     Returns:
-        tuple of axis names and None; replicated if weights that could be
-        meant disagree.
+        tuple of axis names and None. All None (replicated) if several weights
+        match and disagree.
     """
     if reference is None:
         weights = _named(name, weights)
@@ -130,7 +136,7 @@ def slot_spec(name, shape, reference, weights):
 
 
 def _named(name, weights):
-    """The weights that `name` may speak of."""
+    """Lists the weights that `name` may be made of."""
     flat = {weight.path.replace("/", "_") for weight in weights}
     longest = max(
         (path for path in flat if name.startswith(path + "_")),
@@ -143,10 +149,10 @@ def _named(name, weights):
 
 
 def _fitting(weight, shape):
-    whole, spec = tuple(weight.shape), weight.spec
-    if shape == whole:
+    full, spec = tuple(weight.shape), weight.spec
+    if shape == full:
         yield spec
-    if len(whole) >= 2 and shape == whole[:-1]:
+    if len(full) >= 2 and shape == full[:-1]:
         yield spec[:-1]
-    if len(whole) >= 2 and shape == whole[:-2] + whole[-1:]:
+    if len(full) >= 2 and shape == full[:-2] + full[-1:]:
         yield spec[:-2] + spec[-1:]

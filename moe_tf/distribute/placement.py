@@ -1,28 +1,32 @@
-"""Puts values of this process onto a mesh, and brings them back."""
+"""Transfers of values between this process and a mesh."""
 
+import contextlib
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
+from moe_tf.types import Tensor
+
 _PIECE_BYTES = 64 * 2**20
 
 
-def layout(mesh, spec):
-    """`dtensor.Layout` of a tuple of axis names and None."""
+def layout(mesh: dtensor.Mesh, spec: Sequence[str | None]) -> dtensor.Layout:
+    """Returns the layout that a tuple of axis names and None describes."""
     return dtensor.Layout([axis or dtensor.UNSHARDED for axis in spec], mesh)
 
 
-def host():
-    """A device scope for the CPU of this process."""
+def host() -> contextlib.AbstractContextManager:
+    """Returns a device scope for the CPU of this process."""
     return tf.device(f"/job:{dtensor.full_job_name()}/device:CPU:0")
 
 
-def relayout(tensor, layout):
-    """`dtensor.relayout`, which also moves bfloat16 between GPUs.
+def relayout(tensor: tf.Tensor, layout: dtensor.Layout) -> tf.Tensor:
+    """Changes a DTensor's layout; unlike DTensor's own, for bfloat16 too.
 
-    TensorFlow's NCCL refuses it, so its bits travel as float16.
+    TensorFlow's NCCL ops refuse bfloat16, so its bits are sent as float16.
     """
     if tensor.dtype != tf.bfloat16:
         return dtensor.relayout(tensor, layout)
@@ -39,11 +43,11 @@ def relayout(tensor, layout):
     return run(tensor)
 
 
-def put(value, layout):
-    """A DTensor of a value that this process holds whole.
+def put(value: Tensor, layout: dtensor.Layout) -> tf.Tensor:
+    """Makes a DTensor of a value that lies on the host.
 
-    Each device receives its own shard and never the whole value. Processes
-    of one mesh must call it with equal values.
+    Each device receives its own shard and never the whole value. All
+    processes of a mesh must call it with equal values.
 
     Args:
         value: `tf.Tensor` or array.
@@ -55,21 +59,22 @@ def put(value, layout):
     with host():
         value = tf.convert_to_tensor(value)
         places = _local_places(value.shape, layout)
-        shards = {place: _cut(value, place) for place in set(places)}
+        shards = {place: _slice(value, place) for place in set(places)}
     return dtensor.pack([shards[place] for place in places], layout)
 
 
-def get(tensor):
-    """The values of a DTensor.
+def get(tensor: tf.Tensor) -> np.ndarray:
+    """Assembles the value of a DTensor on the host.
+
+    All processes of a mesh must call it together. With several processes,
+    every device then holds up to 64 MiB of the value beside its own shard, or
+    one slice along the longest unsharded dimension if that is larger.
 
     Args:
         tensor: DTensor
 
     Returns:
-        numpy array, put together on the host. Several processes must all ask
-        for it, and then every device holds up to 64 MiB of it beside its own
-        shard (more if a slice of one along its longest unsharded dimension
-        is larger).
+        numpy array
     """
     where = dtensor.fetch_layout(tensor)
     if where.is_fully_replicated():
@@ -85,8 +90,8 @@ def get(tensor):
 
 
 def _get_across_processes(tensor, where):
-    """Piece by piece along the longest unsharded dimension."""
-    whole = layout(where.mesh, (None,) * tensor.shape.rank)
+    """Fetches a DTensor in slices along the longest unsharded dimension."""
+    replicated = layout(where.mesh, (None,) * tensor.shape.rank)
     size = math.prod(tensor.shape) * tensor.dtype.size
     unsharded = [
         dimension
@@ -94,31 +99,32 @@ def _get_across_processes(tensor, where):
         if axis == dtensor.UNSHARDED
     ]
     if size <= _PIECE_BYTES or not unsharded:
-        return dtensor.unpack(relayout(tensor, whole))[0].numpy()
-    cut = max(unsharded, key=lambda dimension: tensor.shape[dimension])
-    length = max(1, tensor.shape[cut] * _PIECE_BYTES // size)
+        return dtensor.unpack(relayout(tensor, replicated))[0].numpy()
+    longest = max(unsharded, key=lambda dimension: tensor.shape[dimension])
+    length = max(1, tensor.shape[longest] * _PIECE_BYTES // size)
     pieces = []
-    for start in range(0, tensor.shape[cut], length):
-        begin = [start if d == cut else 0 for d in range(tensor.shape.rank)]
+    for start in range(0, tensor.shape[longest], length):
+        begin = [start if d == longest else 0 for d in range(tensor.shape.rank)]
         extent = list(tensor.shape)
-        extent[cut] = min(length, tensor.shape[cut] - start)
+        extent[longest] = min(length, tensor.shape[longest] - start)
         piece = tf.slice(tensor, begin, extent)
-        pieces.append(dtensor.unpack(relayout(piece, whole))[0].numpy())
-    return np.concatenate(pieces, axis=cut)
+        pieces.append(dtensor.unpack(relayout(piece, replicated))[0].numpy())
+    return np.concatenate(pieces, axis=longest)
 
 
-def put_batch(value, mesh, whole):
-    """A DTensor of a batch.
+def put_batch(value: tf.Tensor, mesh: dtensor.Mesh, whole: bool) -> tf.Tensor:
+    """Makes a DTensor of a batch.
 
     Args:
         value: `tf.Tensor` whose first dimension counts examples.
         mesh: `dtensor.Mesh` with an axis `batch`.
-        whole: bool, whether `value` is the batch, equal in all processes, or
-            the part of it that the devices of this process work on.
+        whole: bool. If true, `value` is the whole batch, equal in all
+            processes. Otherwise it is the part of the batch that the devices
+            of this process work on.
 
     Returns:
-        DTensor sharded over `batch`. One of a whole batch is whole on every
-        device if the axis does not divide the examples; so is a scalar.
+        DTensor sharded over `batch`. A scalar is replicated, and so is a
+        whole batch whose number of examples the axis does not divide.
     """
     rank = value.shape.rank
     if not rank or whole or dtensor.num_clients() == 1:
@@ -143,36 +149,41 @@ def put_batch(value, mesh, whole):
     )
 
 
-def own_part(axes, number, index):
-    """Which part of a batch the devices of a process work on.
+def own_part(
+    axes: dict[str, int], num_processes: int, process_id: int
+) -> tuple[int, int]:
+    """Returns the part of a batch that the devices of a process work on.
 
     Args:
         axes: dict from axis to size, in the order of the devices.
-        number: int, processes; each has equally many devices.
-        index: int, the process.
+        num_processes: int; each has equally many devices.
+        process_id: int, index of the process.
 
     Returns:
-        `(number of parts, index of the part)`; processes that differ along
-        other axes alone share a part.
+        `(num_parts, part)`, a count and an index. Processes that differ along
+        other axes than `batch` alone have the same part.
 
     Raises:
-        ValueError: the devices of processes do not make up such parts.
+        ValueError: the devices of a process do not make up such a part.
     """
     places = np.indices(axes.values())[list(axes).index("batch")]
-    rows = [sorted(set(row)) for row in places.reshape(number, -1).tolist()]
+    rows = [
+        sorted(set(row)) for row in places.reshape(num_processes, -1).tolist()
+    ]
     length = len(rows[0])
     for row in rows:
         if row[0] % length or row != list(range(row[0], row[0] + length)):
             raise ValueError(
                 "Processes must have whole parts of a batch: put the axis "
                 "`batch` first, and make its size a multiple or a divisor of "
-                f"the number of processes, {number}. Received: axes={axes}"
+                f"the number of processes, {num_processes}. "
+                f"Received: axes={axes}"
             )
-    return axes["batch"] // length, rows[index][0] // length
+    return axes["batch"] // length, rows[process_id][0] // length
 
 
 def _local_places(shape, layout):
-    """For each device of this process, `(start, stop)` of each dimension."""
+    """Lists each local device's shard: `(start, stop)` of every dimension."""
     places = []
     for location in layout.mesh.local_device_locations():
         place = []
@@ -189,7 +200,7 @@ def _slices(place):
     return tuple(slice(*bounds) for bounds in place)
 
 
-def _cut(value, place):
+def _slice(value, place):
     if all(place[d] == (0, n) for d, n in enumerate(value.shape)):
         return value
     sizes = [stop - start for start, stop in place]

@@ -1,14 +1,16 @@
-"""Makes sure that the processes of a mesh do the same, and are all there.
+"""Checks that all processes of a mesh are alive and do the same.
 
-What one does on the mesh needs all. A process that takes another way (its data
-end earlier, a callback of it stops the training) would leave the others
-waiting for ever, or would pair its values with those of another step.
+Every program on a mesh needs all processes. A process that does something
+else (its data end earlier, or one of its callbacks stops the training) would
+leave the others waiting for ever, or would combine its values with those of
+another step.
 """
 
 import collections
 import contextlib
 import functools
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 import tensorflow as tf
@@ -16,8 +18,9 @@ from tensorflow.experimental import dtensor
 from tensorflow.python.eager import context
 
 from moe_tf.distribute import placement
+from moe_tf.types import Nest
 
-# What processes agree on; `{}` is a number.
+# Actions that processes agree on; `{}` stands for a count.
 ACTIONS = (
     "a mesh",
     "data of {} batches",
@@ -31,45 +34,46 @@ ACTIONS = (
     "the end of `predict`",
 )
 
-# What TensorFlow raises where a process is gone, or has aborted a step.
-_APART = (
+# Errors of TensorFlow when a process is lost or has aborted a step.
+_LOSS_ERRORS = (
     tf.errors.AbortedError,
     tf.errors.CancelledError,
     tf.errors.DeadlineExceededError,
     tf.errors.UnavailableError,
 )
 _SECONDS_TO_ANSWER = 3
-_LOST_NAMED = 4  # Each may take so many seconds to be found out.
+_MAX_LOST_NAMED = 4  # Each may take `_SECONDS_TO_ANSWER` to detect.
 
 
-def agree(action, number=0, detail=""):
-    """Waits until all processes are here; does nothing where there is one.
+def agree(action: str, count: int = 0, detail: str | bytes = "") -> None:
+    """Waits until all processes have called this with equal arguments.
 
-    Takes about 2 ms between processes of one machine.
+    Does nothing where there is one process. Takes about 2 ms between
+    processes of one machine.
 
     Args:
         action: one of `ACTIONS`.
-        number: int that belongs to it.
-        detail: str or bytes; what else must be equal.
+        count: int, filled into the action.
+        detail: str or bytes; anything else that must be equal.
 
     Raises:
-        RuntimeError: a process is here with other arguments, or is lost.
+        RuntimeError: a process called it with other arguments, or is lost.
     """
     if dtensor.num_clients() == 1:
         return
     crc = zlib.crc32(detail.encode() if isinstance(detail, str) else detail)
     with reporting_lost_processes():
-        table = _exchange([ACTIONS.index(action), number, crc])
+        table = _exchange([ACTIONS.index(action), count, crc])
     if (table == table[0]).all():
         return
-    groups = collections.defaultdict(list)
+    by_action = collections.defaultdict(list)
     for process, (index, count, _) in enumerate(table):
-        groups[ACTIONS[index].format(count)].append(process)
+        by_action[ACTIONS[index].format(count)].append(process)
     received = "; ".join(
         f"{action} in process {', '.join(map(str, processes))}"
-        for action, processes in groups.items()
+        for action, processes in by_action.items()
     )
-    if len(groups) == 1:
+    if len(by_action) == 1:
         received += f", but with something else. Here: {detail}"
     raise RuntimeError(
         "The processes of a mesh must do the same, with as many batches, of "
@@ -79,16 +83,16 @@ def agree(action, number=0, detail=""):
 
 @functools.cache
 def _exchanger():
-    """A function from this process's row of numbers to those of all.
+    """Makes a function that gathers one row of integers of each process.
 
-    It runs on CPUs, so that it neither waits for accelerators nor depends on
-    the axes, which may differ between the processes.
+    The function runs on CPUs. So it does not wait for accelerators, and does
+    not depend on the axes, which may differ between the processes.
     """
     size = dtensor.num_global_devices("CPU")
     mesh = dtensor.create_distributed_mesh([("all", size)], device_type="CPU")
     sharded = placement.layout(mesh, ("all", None))
-    whole = placement.layout(mesh, (None, None))
-    gather = tf.function(lambda rows: dtensor.relayout(rows, whole))
+    replicated = placement.layout(mesh, (None, None))
+    gather = tf.function(lambda rows: dtensor.relayout(rows, replicated))
     local = size // dtensor.num_clients()
 
     def exchange(row):
@@ -104,8 +108,8 @@ def _exchange(row):
     return _exchanger()(row)
 
 
-def describe_shapes(batch):
-    """The shapes and dtypes of a nest of tensors, as text."""
+def describe_shapes(batch: Nest) -> str:
+    """Returns the shapes and dtypes of a nest of tensors, as text."""
     return ", ".join(
         f"{tuple(part.shape)} {part.dtype.name}"
         for part in tf.nest.flatten(batch)
@@ -113,16 +117,16 @@ def describe_shapes(batch):
     )
 
 
-def checksum(batch):
-    """Bytes that differ where the values of a nest of tensors do."""
+def checksum(batch: Nest) -> str:
+    """Returns shapes, dtypes and checksums of a nest of tensors, as text."""
     parts = [part for part in tf.nest.flatten(batch) if hasattr(part, "shape")]
     sums = [zlib.crc32(np.ascontiguousarray(part)) for part in parts]
     return f"{describe_shapes(batch)}, values with checksums {sums}"
 
 
 @contextlib.contextmanager
-def reporting_lost_processes():
-    """Names the processes whose loss is the reason of an error."""
+def reporting_lost_processes() -> Iterator[None]:
+    """Context that turns errors of a lost process into one that names it."""
     try:
         yield
     except tf.errors.OpError as error:
@@ -132,12 +136,8 @@ def reporting_lost_processes():
         raise explained from error
 
 
-def lost_process_error(error):
-    """A `RuntimeError` that says which process is lost, or None.
-
-    Args:
-        error: `tf.errors.OpError`
-    """
+def lost_process_error(error: tf.errors.OpError) -> RuntimeError | None:
+    """Returns an error that names the lost processes; None if none is lost."""
     if dtensor.num_clients() == 1:
         return None
     lost = _lost()
@@ -148,7 +148,7 @@ def lost_process_error(error):
             "answer. Start the run again to resume from its last checkpoint. "
             f"The error here: {error.message}"
         )
-    if isinstance(error, _APART):
+    if isinstance(error, _LOSS_ERRORS):
         return RuntimeError(
             "The processes of the mesh no longer work together, though all "
             "answer: see what the others printed. Start the run again to "
@@ -158,7 +158,7 @@ def lost_process_error(error):
 
 
 def _lost():
-    """Texts such as `"1 (host:port)"`, of processes that do not answer."""
+    """Lists processes that do not answer, each as `"1 (host:port)"`."""
     lost = []
     for index, address in enumerate(dtensor.jobs()):
         if index == dtensor.client_id():
@@ -170,6 +170,6 @@ def _lost():
             )
         except tf.errors.OpError:
             lost.append(f"{index} ({address})")
-        if len(lost) == _LOST_NAMED:
+        if len(lost) == _MAX_LOST_NAMED:
             break
     return lost

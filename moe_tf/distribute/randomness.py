@@ -1,20 +1,22 @@
-"""The random numbers of one device, on a mesh."""
+"""Random draws that do not depend on the mesh."""
 
 import contextlib
+from collections.abc import Iterator
 
+from tensorflow.experimental import dtensor
 from tensorflow.python.framework import op_callbacks
 
 from moe_tf.distribute import placement
 
 
 @contextlib.contextmanager
-def replicated_draws(mesh):
-    """Makes random numbers of functions traced here independent of the mesh.
+def replicated_draws(mesh: dtensor.Mesh) -> Iterator[None]:
+    """Context in which traced functions draw the values of a single device.
 
-    Left to itself DTensor lays random ops out as what they are added to, and
-    lets each device draw numbers of its own for its shard. Here every device
-    draws the whole tensor, the one of a single device, and keeps its shard:
-    exact, at the price of one tensor of the global shape for each draw.
+    By default DTensor gives a random op the layout of its consumers, and each
+    device draws other values for its shard. In this context every device
+    draws the whole tensor, with the values of a single device, and keeps its
+    shard. That is exact and costs one tensor of the global shape a draw.
 
     Args:
         mesh: `dtensor.Mesh`
@@ -40,7 +42,7 @@ _KINDS = ("Random", "Normal", "Multinomial", "Shuffle", "ParameterizedTrunc")
 def _replicate(output, op_type, mesh):
     if output.shape.rank is None:
         raise ValueError(
-            "The number of dimensions of random numbers must be known on a "
+            "The number of dimensions of a random tensor must be known on a "
             f"mesh. Received: a draw of unknown rank by {op_type}"
         )
     spec = (None,) * output.shape.rank

@@ -1,4 +1,4 @@
-"""Keras's recurrent layers on a mesh."""
+"""Patch that unrolls Keras's recurrent layers on a mesh."""
 
 import functools
 
@@ -7,11 +7,12 @@ from keras import layers
 from moe_tf import sharding
 
 
-def install():
-    """Makes recurrent layers unroll on a mesh; the second call does nothing.
+def install() -> None:
+    """Makes recurrent layers unroll on a mesh; a second call does nothing.
 
-    Their loops keep outputs in TensorLists, and cuDNN's op is another: DTensor
-    can lay out neither, and a loop ends the process with a segmentation fault.
+    DTensor can lay out neither the TensorLists, in which Keras's loops keep
+    their outputs, nor cuDNN's op. Such a loop ends the process with a
+    segmentation fault.
     """
     if hasattr(layers.RNN, "_unrolls_on_mesh"):
         return
