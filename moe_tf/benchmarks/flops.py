@@ -1,10 +1,9 @@
-"""Floating-point operations of a graph, from its matrix products.
+"""Floating-point operations of a graph, counted from its matrix products.
 
-TensorFlow's profiler multiplies static shapes, and an expert of a dropless
-layer has as many rows as the router gives it: known only while running. So
-the count is part of the graph: `of_products` adds, for each product, the
-operations that multiply its actual shapes. Where shapes are static they fold
-to a number.
+TensorFlow's profiler needs static shapes, and the number of rows of a dropless
+layer's expert is known at run time only. So the count is computed in the
+graph: `count_product_flops` adds ops that multiply the actual shapes of each
+product. With static shapes they fold to a constant.
 """
 
 import tensorflow as tf
@@ -15,16 +14,16 @@ _PRODUCTS = {
     "BatchMatMulV2": "adj_x",
     "BatchMatMulV3": "adj_x",
 }
-# May hold products that cannot be seen from here.
+# Ops that may contain products which the graph does not show.
 _OPAQUE = {"XlaCallModule", "XlaDot", "XlaDotV2", "CustomCall"}
 
 
-def of_products(graph):
-    """Operations of the products in `graph`, called while it is traced.
+def count_product_flops(graph: tf.Graph) -> tf.Tensor | None:
+    """Counts the operations of all products in a graph that is being traced.
 
-    2 for each multiply-add of `tf.matmul` and `tf.einsum`; what works entry
-    by entry is not counted. Every product of the graph counts, so there must
-    be none that the graph's result does not need.
+    Counts 2 for each multiply-add of `tf.matmul` and `tf.einsum`, and nothing
+    for elementwise ops. All products of the graph count, also those that its
+    result does not need.
 
     Args:
         graph: the default graph, a `tf.function`'s.

@@ -1,7 +1,7 @@
-"""Functions in processes of their own, with a time limit.
+"""Jobs: function calls in processes of their own, with a time limit.
 
-Devices of a mesh are made before TensorFlow starts, and what fails or hangs
-in one measurement must not take the others with it.
+The devices of a mesh must be made before TensorFlow starts, and a measurement
+that fails or hangs must not affect the others.
 """
 
 import dataclasses
@@ -14,20 +14,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
-_TAIL = 30  # Lines of a failed job that are shown.
+_TAIL = 30  # Lines of a failed job's log that are printed.
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A call of a function that yields records.
+    """Call of a function that yields records.
 
     Attributes:
         name: str, also of its log.
-        function: `"module:function"`; what it yields are dicts that JSON can
-            hold.
-        arguments: dict that JSON can hold.
-        environment: dict of variables beside those of this process.
+        function: `"module:function"`, which yields JSON-serializable dicts.
+        arguments: JSON-serializable dict.
+        environment: dict of environment variables to add to this process's.
     """
 
     name: str
@@ -36,18 +36,23 @@ class Job:
     environment: dict = dataclasses.field(default_factory=dict)
 
 
-def run_job(job, folder, seconds, tell=print):
-    """Runs a job and tells of each record as it comes.
+def run_job(
+    job: Job,
+    folder: str | os.PathLike,
+    seconds: float,
+    log_line: Callable[[str], None] = print,
+) -> tuple[list[dict], str | None]:
+    """Runs a job and logs each record as it arrives.
 
     Args:
         job: `Job`
-        folder: where its log and records go.
-        seconds: after which it is ended.
-        tell: called with lines of text.
+        folder: folder of the job's log and records.
+        seconds: time limit, after which the job is killed.
+        log_line: function that is called with lines of text.
 
     Returns:
-        `(records, error)`: what it yielded, also before it failed, and None
-        or why it did.
+        `(records, error)`: all records that the function yielded, and the
+        reason of a failure or None.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,19 +69,19 @@ def run_job(job, folder, seconds, tell=print):
             start_new_session=True,
         )
         try:
-            records, error = _follow(process, path, seconds, tell)
+            records, error = _follow(process, path, seconds, log_line)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     if error:
         lines = log.read_text(errors="replace").splitlines()[-_TAIL:]
-        tell(f"{job.name} {error}; the end of {log}:")
-        tell("\n".join(f"    {line[:400]}" for line in lines))
+        log_line(f"{job.name} {error}; the end of {log}:")
+        log_line("\n".join(f"    {line[:400]}" for line in lines))
     return records, error
 
 
-def _follow(process, path, seconds, tell):
+def _follow(process, path, seconds, log_line):
     end = time.monotonic() + seconds
     records = []
     while True:
@@ -84,9 +89,9 @@ def _follow(process, path, seconds, tell):
         lines = path.read_text().splitlines(keepends=True)
         for line in lines[len(records) :]:
             if not line.endswith("\n"):
-                break  # It is being written.
+                break  # The line is still being written.
             records.append(json.loads(line))
-            tell(format_record(records[-1]))
+            log_line(format_record(records[-1]))
         if code is not None:
             return records, f"ended with code {code}" if code else None
         if time.monotonic() > end:
@@ -94,23 +99,24 @@ def _follow(process, path, seconds, tell):
         time.sleep(0.2)
 
 
-def format_record(record):
-    """A record as a line."""
+def format_record(record: dict) -> str:
+    """Formats a record as one line."""
     return "; ".join(
         f"{name} {format_value(value)}" for name, value in record.items()
     )
 
 
-def format_value(value):
-    """A value of a record as text."""
+def format_value(value: object) -> str:
+    """Formats a value of a record."""
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def main(call):
+def main(call: str) -> None:
+    """Runs the call of a job, given as JSON, in this process."""
     call = json.loads(call)
-    # Where a job hangs is told before it is ended.
+    # Before a job is killed, its log gets the place where it hangs.
     left = call["end"] - 3 - time.time()
     faulthandler.dump_traceback_later(max(1, left))
     module, name = call["function"].split(":")

@@ -1,14 +1,16 @@
-"""How many expert parameters train in how much memory (Linux).
+"""Number of expert parameters that train in a given memory (Linux).
 
     python -m moe_tf.benchmarks.largest --num_experts=1536
 
 One `SparseMoE` with recomputation and a capacity factor trains a few steps
-with `FactoredAdam` through `fit`. Gradients of all experts stand in memory
-beside the weights; with a capacity factor they are written by one product,
-where dropless training collects them expert by expert and holds them twice
-for a moment. The command is for a CPU; `train_on_gpu` is for
-`many_devices`. The paper: up to 1 billion parameters on a GPU of 12 GB.
+with `FactoredAdam` through `fit`. The gradients of all experts are in memory
+beside the weights. With a capacity factor one product writes the gradients;
+dropless training collects them expert by expert and briefly holds them twice.
+The command is for a CPU; `many_devices` calls `train_on_gpu`. The paper
+(appendix D): up to 1 billion parameters on a GPU of 12 GB.
 """
+
+from collections.abc import Iterator
 
 import keras
 import tensorflow as tf
@@ -32,17 +34,21 @@ _CAPACITY_FACTOR = flags.DEFINE_float(
 
 
 def train_layers(
-    num_experts,
+    num_experts: int,
     *,
-    width=512,
-    hidden=1024,
-    k=4,
-    tokens=4096,
-    steps=3,
-    capacity_factor=1.25,
-    num_layers=1,
-):
-    """Trains layers of experts; gives their parameters and the losses."""
+    width: int = 512,
+    hidden: int = 1024,
+    k: int = 4,
+    tokens: int = 4096,
+    steps: int = 3,
+    capacity_factor: float | None = 1.25,
+    num_layers: int = 1,
+) -> tuple[int, list[float]]:
+    """Trains layers of experts.
+
+    Returns:
+        `(num_parameters, losses)`, of all experts and after each step.
+    """
     keras.utils.set_random_seed(0)
     moes = [
         layers.SparseMoE(
@@ -70,11 +76,14 @@ def train_layers(
     return sum(layer.experts.count_params() for layer in moes), losses
 
 
-def divide(num_parameters, width, hidden):
-    """Layers and experts of each, of so many parameters in all or a few less.
+def divide(num_parameters: int, width: int, hidden: int) -> tuple[int, int]:
+    """Divides parameters among layers whose kernels have under 2^31 entries.
 
-    Ops of arrays of 2^31 entries are not all of them right on a GPU, so no
-    kernel has as many.
+    Some of TensorFlow's GPU ops are wrong for larger arrays.
+
+    Returns:
+        `(num_layers, num_experts)`, the experts of one layer. Together they
+        have `num_parameters` or slightly fewer.
     """
     of_kernel = width * hidden
     num_experts = num_parameters // (2 * of_kernel)
@@ -82,21 +91,25 @@ def divide(num_parameters, width, hidden):
     return num_layers, num_experts // num_layers
 
 
-def train_on_gpu(share, width=1024, hidden=4096):
-    """As many experts as fit a share of what TensorFlow may use of a GPU.
+def train_on_gpu(
+    fraction: float, width: int = 1024, hidden: int = 4096
+) -> Iterator[dict]:
+    """Trains experts whose weights fill a fraction of TensorFlow's GPU memory.
 
-    Weights are counted, 4 bytes a parameter; of gradients, those of one layer
-    are there at a time.
+    Weights take 4 bytes a parameter. Gradients are in memory for one layer at
+    a time.
 
     Yields:
-        dict
+        dict with one record.
     """
     limits = [
         device.memory_limit
         for device in device_lib.list_local_devices()
         if device.device_type == "GPU"
     ]
-    num_layers, num_experts = divide(int(share * limits[0] / 4), width, hidden)
+    num_layers, num_experts = divide(
+        int(fraction * limits[0] / 4), width, hidden
+    )
     parameters, losses = train_layers(
         num_experts,
         width=width,
@@ -113,12 +126,12 @@ def train_on_gpu(share, width=1024, hidden=4096):
         "first loss": losses[0],
         "last loss": losses[-1],
         "peak GiB": peak / 2**30,
-        "GiB there": limits[0] / 2**30,
+        "GiB available": limits[0] / 2**30,
         "million parameters a GiB": parameters / peak * 2**30 / 1e6,
     }
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
     parameters, losses = train_layers(

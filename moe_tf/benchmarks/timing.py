@@ -1,25 +1,31 @@
-"""Medians of functions that take turns."""
+"""Median times of functions that take turns."""
 
 import statistics
 import time
+from collections.abc import Callable
 
 import tensorflow as tf
 
 
-def medians(functions, repeats, calls=1, wait=None):
-    """Median seconds of a call of each function.
+def medians(
+    functions: dict[str, Callable[[], list[tf.Tensor]]],
+    repeats: int,
+    calls: int = 1,
+    wait: Callable[[list[tf.Tensor]], None] | None = None,
+) -> dict[str, float]:
+    """Measures the median seconds of a call of each function.
 
-    They take turns, so that a slow moment of the machine falls on all of
-    them. A sample is `calls` calls, one after the other, and a wait for the
-    last: on a GPU, where a call returns before its work is done, `calls = 1`
-    measures the launch too.
+    The functions take turns, so that a slow moment of the machine affects all
+    of them. A sample is `calls` consecutive calls and a wait for the last one.
+    On a GPU, where a call returns before its work is done, `calls=1` includes
+    the launch.
 
     Args:
         functions: dictionary of functions that return a list of tensors.
         repeats: int, samples of each.
         calls: int, calls of each sample.
-        wait: function that waits for such a list. Defaults to `wait`, which
-            is for tensors of one device.
+        wait: function that waits for a list of tensors. Defaults to `wait`
+            of this module, for tensors of one device.
 
     Returns:
         Dictionary of floats.
@@ -39,10 +45,10 @@ def medians(functions, repeats, calls=1, wait=None):
     return {name: statistics.median(taken) for name, taken in samples.items()}
 
 
-def wait(tensors):
-    """Waits for a list of tensors by fetching an entry of the last.
+def wait(tensors: list[tf.Tensor]) -> None:
+    """Waits for a list of tensors by fetching one entry of the last.
 
-    A device works in the order of the calls.
+    That suffices, since a device works in the order of the calls.
     """
     tf.reshape(tensors[-1], (-1,))[:1].numpy()
 

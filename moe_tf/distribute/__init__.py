@@ -18,3 +18,7 @@ __all__ = [
     "resolve_cluster",
     "start_cluster",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

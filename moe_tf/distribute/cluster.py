@@ -248,11 +248,11 @@ def start_cluster(
 
     Example:
 
-    ```python
-    cluster = moe_tf.distribute.resolve_cluster(["a:8888", "b:8888"], index)
-    moe_tf.distribute.start_cluster(cluster, devices_per_process=2)
-    strategy = moe_tf.MeshStrategy({"batch": 4})
-    ```
+    >>> cluster = moe_tf.distribute.Cluster()  # A process on its own.
+    >>> moe_tf.distribute.start_cluster(cluster, devices_per_process=2)
+    >>> strategy = moe_tf.MeshStrategy({"batch": 2})
+    >>> strategy.mesh.size
+    2
     """
     global _started
     checks.at_least("devices_per_process", devices_per_process, 1)

@@ -1,9 +1,12 @@
 """Batches of a `tf.data.Dataset`, placed on a mesh."""
 
+from collections.abc import Iterator
+
 import tensorflow as tf
 
 from moe_tf.distribute import placement
 from moe_tf.distribute import process_sync
+from moe_tf.types import Nest
 
 _WHOLE = tf.data.experimental.AutoShardPolicy.DATA
 
@@ -34,7 +37,9 @@ class MeshDataset:
         strategy: `MeshStrategy`
     """
 
-    def __init__(self, dataset, strategy):
+    def __init__(
+        self, dataset: tf.data.Dataset, strategy: tf.distribute.Strategy
+    ):
         self._dataset = dataset
         self._strategy = strategy
         options = dataset.options().experimental_distribute
@@ -64,7 +69,12 @@ class MeshIterator:
         whole: bool, whether each process reads the whole batch.
     """
 
-    def __init__(self, iterator, strategy, whole):
+    def __init__(
+        self,
+        iterator: Iterator[Nest],
+        strategy: tf.distribute.Strategy,
+        whole: bool,
+    ):
         self._iterator = iterator
         self._strategy = strategy
         self._whole = whole

@@ -2,6 +2,8 @@
 
 import contextlib
 import weakref
+from collections.abc import Callable
+from collections.abc import Iterator
 
 import keras
 import tensorflow as tf
@@ -15,6 +17,7 @@ from moe_tf.distribute import layout_map as layout_maps
 from moe_tf.distribute import mesh_variables
 from moe_tf.distribute import placement
 from moe_tf.distribute import randomness
+from moe_tf.types import Nest
 
 # Optimizers that only add sparse gradients to dense values.
 _ADDING = (keras.optimizers.SGD, keras.optimizers.Adam)
@@ -23,7 +26,12 @@ _ADDING = (keras.optimizers.SGD, keras.optimizers.Adam)
 class ReplicaContext(dtensor_util.DTensorReplicaContext):
     """The only replica; gradients of global tensors are reduced already."""
 
-    def all_reduce(self, reduce_op, value, options=None):
+    def all_reduce(
+        self,
+        reduce_op: tf.distribute.ReduceOp,
+        value: Nest,
+        options: object = None,
+    ) -> Nest:
         return tf.nest.map_structure(
             self._sparse, value, expand_composites=False
         )
@@ -66,7 +74,13 @@ class MeshExtended(dtensor_strategy_extended.DTensorStrategyExtended):
         layout_map: the user's `LayoutMap`; its rules precede the default's.
     """
 
-    def __init__(self, strategy, mesh, axes, layout_map):
+    def __init__(
+        self,
+        strategy: tf.distribute.Strategy,
+        mesh: dtensor.Mesh,
+        axes: dict[str, int],
+        layout_map: layout_maps.LayoutMap,
+    ):
         super().__init__(strategy, mesh)
         self._axes = axes
         self._layout_maps = (layout_map, layout_maps.default_layout_map(axes))
@@ -123,7 +137,9 @@ class MeshExtended(dtensor_strategy_extended.DTensorStrategyExtended):
         return None, (None,) * len(shape)
 
     @contextlib.contextmanager
-    def colocate_vars_with(self, colocate_with_variable):
+    def colocate_vars_with(
+        self, colocate_with_variable: tf.Variable
+    ) -> Iterator[None]:
         # Keras's optimizers call this with the weight of a new slot.
         outer = self._reference
         self._reference = colocate_with_variable
@@ -139,7 +155,12 @@ class MeshExtended(dtensor_strategy_extended.DTensorStrategyExtended):
     def _default_device_scope(self):
         return None  # Eager code in the scope runs on the host as usual.
 
-    def call_for_each_replica(self, fn, args=(), kwargs=None):
+    def call_for_each_replica(
+        self,
+        fn: Callable[..., Nest],
+        args: tuple = (),
+        kwargs: dict | None = None,
+    ) -> Nest:
         all_reduces.configure_environment()
         strategy = self._container_strategy()
         with strategy.scope(), ReplicaContext(strategy):

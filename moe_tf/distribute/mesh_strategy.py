@@ -76,16 +76,17 @@ class MeshStrategy(tf.distribute.Strategy):
 
     Example:
 
-    >>> strategy = moe_tf.MeshStrategy({"batch": 1}, device_type="CPU")
+    >>> strategy = moe_tf.MeshStrategy({"batch": 4})
     >>> with strategy.scope():
-    ...     layer = moe_tf.SparseMoE(4, 8, k=2, num_groups=1)
+    ...     layer = moe_tf.SparseMoE(8, 12, k=2, num_groups=4)
     ...     model = keras.Sequential([keras.Input((6,)), layer])
     ...     model.compile("sgd", "mse", jit_compile=False)
     >>> x = np.ones((8, 6), "float32")
     >>> history = model.fit(x, x, verbose=0)
-    >>> [row.layout for row in strategy.summary(model)
-    ...  if row.path.endswith("expert_in_kernel")]
-    [('batch', None, None)]
+    >>> for row in strategy.summary(model):
+    ...     if "expert_in_kernel" in row.path:
+    ...         print(row.shape, row.layout)
+    (8, 6, 12) ('batch', None, None)
     """
 
     def __init__(

@@ -10,6 +10,7 @@ from tensorflow.experimental import dtensor
 from moe_tf import sharding
 from moe_tf.distribute import placement
 from moe_tf.distribute import process_sync
+from moe_tf.types import Tensor
 
 
 class MeshVariable(dtensor.DVariable):
@@ -43,22 +44,37 @@ class MeshVariable(dtensor.DVariable):
     def __array__(self, dtype=None, copy=None):
         return np.asarray(self.numpy(), dtype=dtype)
 
-    def assign(self, value, *args, **kwargs):
+    def assign(self, value: Tensor, *args, **kwargs) -> object:
         return super().assign(self._laid_out(value), *args, **kwargs)
 
-    def assign_add(self, delta, *args, **kwargs):
+    def assign_add(self, delta: Tensor, *args, **kwargs) -> object:
         return super().assign_add(self._laid_out(delta), *args, **kwargs)
 
-    def assign_sub(self, delta, *args, **kwargs):
+    def assign_sub(self, delta: Tensor, *args, **kwargs) -> object:
         return super().assign_sub(self._laid_out(delta), *args, **kwargs)
 
-    def scatter_add(self, sparse_delta, use_locking=False, name=None):
+    def scatter_add(
+        self,
+        sparse_delta: tf.IndexedSlices,
+        use_locking: bool = False,
+        name: str | None = None,
+    ) -> object:
         return self.assign_add(self._dense(sparse_delta))
 
-    def scatter_sub(self, sparse_delta, use_locking=False, name=None):
+    def scatter_sub(
+        self,
+        sparse_delta: tf.IndexedSlices,
+        use_locking: bool = False,
+        name: str | None = None,
+    ) -> object:
         return self.assign_sub(self._dense(sparse_delta))
 
-    def scatter_update(self, sparse_delta, use_locking=False, name=None):
+    def scatter_update(
+        self,
+        sparse_delta: tf.IndexedSlices,
+        use_locking: bool = False,
+        name: str | None = None,
+    ) -> object:
         raise NotImplementedError(
             f"Rows of the variable {self.path} cannot be replaced on a mesh: "
             "DTensor cannot lay scatters out. Assign the whole value."

@@ -10,7 +10,7 @@ def counted(function, *arguments, **kwargs):
 
     def count(*arguments):
         function(*arguments)
-        return flops.of_products(tf.compat.v1.get_default_graph())
+        return flops.count_product_flops(tf.compat.v1.get_default_graph())
 
     total = tf.function(count, autograph=False, **kwargs)(*arguments)
     return None if total is None else int(total)
