@@ -90,7 +90,6 @@ PENDING_EXAMPLES = {
 }
 # Files, or folders, which end in "/".
 PENDING_ANNOTATIONS = (
-    "moe_tf/benchmarks/",
     "moe_tf/data/",
     "moe_tf/decoding/",
     "moe_tf/dispatch/",

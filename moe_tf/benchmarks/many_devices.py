@@ -1,24 +1,25 @@
-"""What a mesh gives and costs, on all the GPUs of a machine.
+"""Correctness, speed and cost of a mesh on all GPUs of a machine.
 
     python -m moe_tf.benchmarks.many_devices --out=runs/many_devices
 
-On 1, 2, 4, ... of the GPUs there are, or of virtual CPU devices where there
-are none (then all is small, and times say little). The parts:
+Runs on meshes of 1, 2, 4, ... GPUs, or of virtual CPU devices on a machine
+without GPUs. On CPUs all sizes are small, and times mean little. The parts:
 
-- `equality`: the language model on real text on a mesh against one device;
+- `equality`: the language model on real text, on a mesh against one device;
 - `layer`: weak scaling of one `SparseMoE`, and its all-to-alls alone;
-- `weak`, `strong`: the language model, with words and experts of a device
-  fixed, and MoE-256 shared by more devices;
-- `dense`: as `weak`, a model without experts;
-- `own_cost`: layer and model on a mesh of one device and without a mesh;
-- `largest`: the most parameters that one GPU trains.
+- `weak`: weak scaling of the language model, with constant numbers of words
+  and experts for a device;
+- `strong`: strong scaling of the language model MoE-256;
+- `dense`: as `weak`, with a model without experts;
+- `own_cost`: layer and model without a mesh, to compare with a mesh of one;
+- `largest`: the largest number of parameters that one GPU trains.
 
-Each measurement is a process of its own with a time limit, so that one that
-fails or hangs costs the others nothing. Results are printed as they come, and
-lie in `--out` as `results.json` and `results.md`, beside a log of each.
+Each measurement is a process of its own with a time limit, so that a failure
+does not affect the others. Results are printed as they arrive. `--out` gets
+`results.json`, `results.md` and a log of each measurement.
 
-GPUs talk through NCCL; `DTENSOR_GPU_USE_NCCL_COMMUNICATION=0` in the
-environment sends all through the host instead.
+GPUs communicate through NCCL, or through the host with
+`DTENSOR_GPU_USE_NCCL_COMMUNICATION=0` in the environment.
 """
 
 import itertools
@@ -26,6 +27,8 @@ import json
 import os
 import pathlib
 import time
+from collections.abc import Iterable
+from collections.abc import Iterator
 
 import tensorflow as tf
 from absl import app
@@ -52,17 +55,19 @@ _DEVICE_TYPE = flags.DEFINE_enum(
 _REFERENCE = flags.DEFINE_bool(
     "reference",
     True,
-    "Whether `equality` trains on one device; else that lies in `--out`.",
+    "Whether `equality` trains on one device too, or reads that from `--out`.",
 )
 _WORDS = flags.DEFINE_integer(
     "words",
     None,
-    "Of a device in `weak`, `dense` and `own_cost`. Defaults to 32,768, on "
-    "CPUs to 96.",
+    "Words of a device in `weak`, `dense` and `own_cost`. Defaults to 32,768, "
+    "on CPUs to 96.",
     1,
 )
-_SECONDS = flags.DEFINE_float("seconds", 150, "Limit of a measurement.", 1)
-_TOTAL = flags.DEFINE_float("total", 480, "Limit of all, in seconds.", 1)
+_SECONDS = flags.DEFINE_float(
+    "seconds", 150, "Time limit of a measurement, in seconds.", 1
+)
+_TOTAL = flags.DEFINE_float("total", 480, "Time limit in all, in seconds.", 1)
 
 _LAYER = {
     "GPU": {"tokens": 16_384, "experts": 8, "width": 1024, "hidden": 4096},
@@ -78,23 +83,31 @@ _MODEL = {
         "steps": 3,
     },
 }
-# Words and experts: of a device, and of all.
+# Words and experts: for each device, and in all.
 _WEAK = {"GPU": (32_768, 128), "CPU": (96, 4)}
 _STRONG = {"GPU": (32_768, 256), "CPU": (384, 8)}
-_GROUPS = 8  # Of the shared model, on any mesh.
-# Of the memory that TensorFlow may use; the first that trains is the largest.
-_SHARES = (0.84, 0.8, 0.74, 0.66, 0.5)
+_NUM_GROUPS = 8  # Token groups in `strong`, on any mesh.
+# Fractions of TensorFlow's GPU memory, of which the first that trains counts.
+_MEMORY_FRACTIONS = (0.84, 0.8, 0.74, 0.66, 0.5)
 
 
 class Benchmark:
-    """The parts, as lists of jobs for meshes of some sizes."""
+    """Jobs of each part, for meshes of the given sizes.
 
-    def __init__(self, sizes, device_type, folder):
+    Args:
+        sizes: list of ints, numbers of devices.
+        device_type: `"CPU"` or `"GPU"`
+        folder: path of the results.
+    """
+
+    def __init__(
+        self, sizes: list[int], device_type: str, folder: pathlib.Path
+    ):
         self._sizes = sizes
         self._type = device_type
         self._folder = folder
 
-    def equality(self):
+    def equality(self) -> Iterator[jobs.Job]:
         steps = 20 if self._type == "GPU" else 3
         reference = [None] if _REFERENCE.value else []
         for axes in [*reference, *self._square_meshes()]:
@@ -112,34 +125,34 @@ class Benchmark:
             if size > 1:
                 yield {"batch": size // 2, "expert": 2}
 
-    def layer(self):
+    def layer(self) -> Iterator[jobs.Job]:
         for size in self._sizes:
             yield self._layer({"batch": size})
 
-    def own_cost(self):
+    def own_cost(self) -> Iterator[jobs.Job]:
         for jit_compile in (False, "auto"):
             yield self._layer(None, jit_compile=jit_compile)
             yield self._weak(None, jit_compile=jit_compile)
 
-    def weak(self):
+    def weak(self) -> Iterator[jobs.Job]:
         for size in self._sizes:
             yield self._weak({"batch": size})
 
-    def dense(self):
+    def dense(self) -> Iterator[jobs.Job]:
         for size in self._sizes:
             yield self._weak({"batch": size}, scaling="dense", experts=0)
 
-    def strong(self):
+    def strong(self) -> Iterator[jobs.Job]:
         words, experts = _STRONG[self._type]
         for size in self._sizes:
-            sizes = {"words": words, "experts": experts, "groups": _GROUPS}
+            sizes = {"words": words, "experts": experts, "groups": _NUM_GROUPS}
             yield self._model({"batch": size}, scaling="strong", **sizes)
 
-    def largest(self):
+    def largest(self) -> Iterator[jobs.Job]:
         if self._type != "GPU":
             return
-        for share in _SHARES:
-            yield self._job("largest:train_on_gpu", None, share=share)
+        for fraction in _MEMORY_FRACTIONS:
+            yield self._job("largest:train_on_gpu", None, fraction=fraction)
 
     def _layer(self, axes, **settings):
         settings = {**_LAYER[self._type], **settings}
@@ -174,46 +187,48 @@ class Benchmark:
 
 
 def _flat(axes, settings):
-    """What tells jobs of one function apart."""
+    """Yields the settings that distinguish jobs of one function."""
     yield from (f"{name}{size}" for name, size in (axes or {"none": 1}).items())
-    told = ("scaling", "words", "jit_compile", "share")
-    yield from (settings[name] for name in told if name in settings)
+    names = ("scaling", "words", "jit_compile", "fraction")
+    yield from (settings[name] for name in names if name in settings)
 
 
 def _visible(size):
-    """The environment of a process that is to see so many GPUs."""
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = seen.split(",") if seen else map(str, itertools.count())
+    """Environment of a process that may use so many GPUs."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else map(str, itertools.count())
     return {"CUDA_VISIBLE_DEVICES": ",".join(itertools.islice(names, size))}
 
 
-def run(part, made, folder, end):
-    """Runs a part; gives its records."""
-    found = []
-    for job in made:
+def run_part(
+    part: str, part_jobs: Iterable[jobs.Job], folder: pathlib.Path, end: float
+) -> list[dict]:
+    """Runs the jobs of a part until the time `end`; returns their records."""
+    all_records = []
+    for job in part_jobs:
         left = min(_SECONDS.value, end - time.monotonic())
         if left < 5:
             print(f"{job.name} was left out: no time left", flush=True)
-            found.append({"failed": job.name, "why": "no time left"})
+            all_records.append({"failed": job.name, "why": "no time left"})
             continue
         start = time.monotonic()
-        records, error = jobs.run_job(job, folder, left, _tell)
+        records, error = jobs.run_job(job, folder, left, _print)
         took = time.monotonic() - start
         print(f"[{part}: {job.name} took {took:.0f} s]", flush=True)
-        found += records
+        all_records += records
         if error:
-            found.append({"failed": job.name, "why": error})
+            all_records.append({"failed": job.name, "why": error})
         elif part == "largest":
             break
-    return found
+    return all_records
 
 
-def _tell(text):
+def _print(text):
     print(text, flush=True)
 
 
-def markdown(results):
-    """Tables of the records of each part."""
+def markdown(results: dict[str, list[dict]]) -> str:
+    """Formats the records of each part as a Markdown table."""
     lines = []
     for part, records in results.items():
         columns = list(dict.fromkeys(name for r in records for name in r))
@@ -230,17 +245,17 @@ def _row(cells):
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
     unknown = [part for part in _PARTS.value if part not in PARTS]
     if unknown:
         raise app.UsageError(f"`parts` are {PARTS}. Received: {unknown}")
     end = time.monotonic() + _TOTAL.value
-    number = len(tf.config.list_physical_devices("GPU"))
-    device_type = _DEVICE_TYPE.value or ("GPU" if number else "CPU")
-    number = number if device_type == "GPU" else 2
-    sizes = [2**power for power in range(4) if 2**power <= number]
+    num_gpus = len(tf.config.list_physical_devices("GPU"))
+    device_type = _DEVICE_TYPE.value or ("GPU" if num_gpus else "CPU")
+    largest = num_gpus if device_type == "GPU" else 2
+    sizes = [2**power for power in range(4) if 2**power <= largest]
     if _DEVICES.value is not None:
         sizes = [int(size) for size in _DEVICES.value]
     folder = pathlib.Path(_OUT.value)
@@ -248,8 +263,8 @@ def main(argv):
     print(f"{device_type}, meshes of {sizes} devices", flush=True)
     benchmark, results = Benchmark(sizes, device_type, folder), {}
     for part in _PARTS.value:
-        made = getattr(benchmark, part)()
-        results[part] = run(part, made, folder, end)
+        part_jobs = getattr(benchmark, part)()
+        results[part] = run_part(part, part_jobs, folder, end)
         (folder / "results.json").write_text(json.dumps(results, indent=1))
         (folder / "results.md").write_text(markdown(results))
     print(markdown(results))

@@ -1,7 +1,8 @@
-"""One `SparseMoE` that grows with its mesh: weak scaling."""
+"""Weak scaling of one `SparseMoE`, which grows with its mesh."""
 
 import contextlib
 import functools
+from collections.abc import Iterator
 
 import numpy as np
 import tensorflow as tf
@@ -13,37 +14,38 @@ from moe_tf.dispatch import capacity
 from moe_tf.distribute import MeshStrategy
 from moe_tf.distribute import collectives
 
-_LINK_MIB = 512  # What each device holds of the large all-to-all.
+_LINK_MIB = 512  # A device's part of the large all-to-all.
 
 
 def measure_layer(
-    axes,
-    device_type,
-    tokens,
-    experts,
-    width,
-    hidden,
-    k=2,
-    capacity_factor=1.25,
-    dtype="bfloat16",
-    jit_compile="auto",
-    repeats=11,
-    calls=5,
-    link_mib=_LINK_MIB,
-):
+    axes: dict[str, int] | None,
+    device_type: str,
+    tokens: int,
+    experts: int,
+    width: int,
+    hidden: int,
+    k: int = 2,
+    capacity_factor: float = 1.25,
+    dtype: str = "bfloat16",
+    jit_compile: bool | str = "auto",
+    repeats: int = 11,
+    calls: int = 5,
+    link_mib: int = _LINK_MIB,
+) -> Iterator[dict]:
     """Times forward and backward, gradients of all weights and the inputs.
 
     Args:
         axes: dict with one axis, `batch`; None for no mesh.
         device_type: `"CPU"` or `"GPU"`
-        tokens, experts: ints, of each device.
-        width, hidden, k, capacity_factor, jit_compile: of the layer.
+        tokens, experts: ints, for each device.
+        width, hidden, k, capacity_factor, jit_compile: the layer's arguments.
         dtype: of the layer, its weights included.
         repeats, calls: see `timing.medians`.
-        link_mib: int, size of the all-to-all that shows what links carry.
+        link_mib: int, size of the all-to-all that shows the rate of the links.
 
     Yields:
-        dicts.
+        dicts: the step, then on several devices its all-to-alls alone and
+        large ones.
     """
     strategy = MeshStrategy(axes, device_type=device_type) if axes else None
     size = axes["batch"] if axes else 1
@@ -72,35 +74,32 @@ def measure_layer(
         **mesh_timing.collective_fields(ops),
         **mesh_timing.memory_fields(device_type, size),
     }
-    if size == 1:
-        return
-    slots = capacity.expert_capacity(
-        tokens * k, experts * size, capacity_factor
-    )
-    shape = size, experts * size, slots, width
-    alone, rate = mesh_timing.time_all_to_alls(
-        strategy, shape, dtype, 4, repeats
-    )
-    yield {
-        "mesh": f"{axes}, its four all-to-alls alone",
-        "ms": 1e3 * alone,
-        "share of the step": alone / seconds,
-        "GB/s a device": rate,
-    }
-    rows = link_mib * 2**20 // (size * 1024 * 2)
-    shape = size, size, rows, 1024
-    alone, rate = mesh_timing.time_all_to_alls(
+    if size > 1:
+        slots = capacity.expert_capacity(
+            tokens * k, experts * size, capacity_factor
+        )
+        shape = size, experts * size, slots, width
+        yield mesh_timing.all_to_all_record(
+            strategy, shape, dtype, repeats, seconds
+        )
+        yield _large_all_to_alls(strategy, link_mib, repeats)
+
+
+def _large_all_to_alls(strategy, link_mib, repeats):
+    size = strategy.axes["batch"]
+    shape = size, size, link_mib * 2**20 // (size * 1024 * 2), 1024
+    seconds, rate = mesh_timing.time_all_to_alls(
         strategy, shape, "bfloat16", 4, repeats
     )
-    yield {
-        "mesh": f"{axes}, four all-to-alls of {link_mib} MiB",
-        "ms": 1e3 * alone,
+    return {
+        "mesh": f"{strategy.axes}, four all-to-alls of {link_mib} MiB",
+        "ms": 1e3 * seconds,
         "GB/s a device": rate,
     }
 
 
 def _traced(layer, strategy, shape, dtype):
-    """A step, traced and run once, and its collectives."""
+    """Traces and runs a step once; returns it and its collectives."""
     rng = np.random.default_rng(0)
     with tf.device("CPU") if strategy else contextlib.nullcontext():
         x_TD, dy_TD = (

@@ -1,8 +1,9 @@
-"""The language model that grows with its mesh, or is shared by it."""
+"""Weak and strong scaling of the language model on a mesh."""
 
 import contextlib
 import statistics
 import time
+from collections.abc import Iterator
 
 import keras
 import numpy as np
@@ -22,20 +23,20 @@ _FACTOR = 1.25
 
 
 def measure_model(
-    axes,
-    device_type,
-    scaling,
-    experts,
-    words,
-    groups,
-    length=32,
-    width=512,
-    vocabulary=32_000,
-    sampled=8192,
-    policy="mixed_bfloat16",
-    jit_compile="auto",
-    steps=15,
-):
+    axes: dict[str, int] | None,
+    device_type: str,
+    scaling: str,
+    experts: int,
+    words: int,
+    groups: int,
+    length: int = 32,
+    width: int = 512,
+    vocabulary: int = 32_000,
+    sampled: int = 8192,
+    policy: str = "mixed_bfloat16",
+    jit_compile: bool | str = "auto",
+    steps: int = 15,
+) -> Iterator[dict]:
     """Times steps of `MoE-<experts>` with Adam, through `fit`.
 
     One batch is repeated, so that reading data costs nothing.
@@ -43,17 +44,18 @@ def measure_model(
     Args:
         axes: dict with one axis, `batch`; None for no mesh.
         device_type: `"CPU"` or `"GPU"`
-        scaling: what the record is called.
-        experts, words, groups: ints, in all. Without experts, 0, the model is
-            the paper's `4xLSTM-512`.
+        scaling: name of the record.
+        experts, words, groups: ints, over all devices; `groups` are token
+            groups. With 0 experts the model is the paper's `4xLSTM-512`.
         length: int, words of a sequence.
-        width, vocabulary, sampled: of the model; `sampled` classes a step.
+        width, vocabulary: the model's sizes.
+        sampled: int, sampled classes a step.
         policy: name of a dtype policy.
-        jit_compile: of the `SparseMoE`; on a mesh it counts for nothing.
+        jit_compile: of the `SparseMoE`; has no effect on a mesh.
         steps: int, of which the median is taken.
 
     Yields:
-        dicts.
+        dicts: the step, then on several devices its all-to-alls alone.
     """
     strategy = MeshStrategy(axes, device_type=device_type) if axes else None
     size = axes["batch"] if axes else 1
@@ -67,14 +69,14 @@ def measure_model(
     ops = collectives.list_collectives(_fit, scorer, data, 1)
     first = time.perf_counter() - start
     seconds = statistics.median(_fit(scorer, data, steps + 2)[2:])
-    model = scorer.language_model
-    multiplied = variants.count(model.variant).ops_per_timestep
+    variant = scorer.language_model.variant
+    multiplied = variants.count(variant).ops_per_timestep
     multiplied += width * min(sampled + 1, vocabulary)
     rate = words / seconds
     yield {
         "scaling": scaling,
         "mesh": str(axes) if axes else f"none, jit_compile={jit_compile}",
-        "variant": model.variant.name,
+        "variant": variant.name,
         "words": words,
         "ms": 1e3 * seconds,
         "words/s": rate,
@@ -84,19 +86,14 @@ def measure_model(
         **mesh_timing.collective_fields(ops),
         **mesh_timing.memory_fields(device_type, size),
     }
-    if size == 1 or not experts:
-        return
-    dtype = keras.dtype_policies.get(policy).compute_dtype
-    slots = capacity.expert_capacity(words // groups * _K, experts, _FACTOR)
-    shape = groups, experts, slots, width
-    alone, rate = mesh_timing.time_all_to_alls(strategy, shape, dtype, 4, steps)
-    yield {
-        "scaling": scaling,
-        "mesh": f"{axes}, its four all-to-alls alone",
-        "ms": 1e3 * alone,
-        "share of the step": alone / seconds,
-        "GB/s a device": rate,
-    }
+    if size > 1 and experts:
+        dtype = keras.dtype_policies.get(policy).compute_dtype
+        slots = capacity.expert_capacity(words // groups * _K, experts, _FACTOR)
+        shape = groups, experts, slots, width
+        record = mesh_timing.all_to_all_record(
+            strategy, shape, dtype, steps, seconds
+        )
+        yield {"scaling": scaling, **record}
 
 
 def _build(experts, groups, width, vocabulary, sampled, jit_compile):
@@ -118,7 +115,7 @@ def _build(experts, groups, width, vocabulary, sampled, jit_compile):
 
 
 def _data(rows, length, vocabulary):
-    """Words drawn about as often as in a text: `1 / rank`."""
+    """Makes a dataset of words drawn with frequencies `1 / rank`."""
     rng = np.random.default_rng(0)
     ids = np.exp(rng.uniform(0, np.log(vocabulary), (rows, length + 1)))
     ids = np.clip(ids.astype("int32"), 4, vocabulary - 1)
@@ -129,10 +126,10 @@ def _data(rows, length, vocabulary):
 
 
 def _fit(scorer, data, steps):
-    """Seconds of each step."""
+    """Trains; returns the seconds of each step."""
     ends = [time.perf_counter()]
 
-    def end(step, logs):  # Which are on the host by now.
+    def end(step, logs):  # Logs are on the host by now.
         ends.append(time.perf_counter())
 
     callback = keras.callbacks.LambdaCallback(on_train_batch_end=end)

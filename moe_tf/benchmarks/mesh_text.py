@@ -1,11 +1,13 @@
-"""The language model on real text, on a mesh and on one device."""
+"""Training of the language model on real text, on a mesh and one device."""
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import pickle
 import types
 import typing
+from collections.abc import Iterator
 
 import keras
 import numpy as np
@@ -18,8 +20,9 @@ from moe_tf.distribute import MeshStrategy
 from moe_tf.layers import moe
 from moe_tf.models.language.model import LanguageModel
 from moe_tf.models.language.scorer import NextWordScorer
+from moe_tf.types import Nest
 
-_ROWS = 8  # Divides the sentences of a batch: any mesh of up to 8 has a part.
+_ROWS = 8  # Divides the sentences of a batch, as meshes of 2, 4 and 8 need.
 _MAX_WORDS = 15
 
 OPTIMIZERS = {
@@ -41,14 +44,14 @@ OPTIMIZERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A small language model and how it is trained.
+    """Small language model and its training.
 
     Attributes:
-        variant, gating: those of `LanguageModel`.
+        variant, gating: arguments of `LanguageModel`.
         optimizer: name in `OPTIMIZERS`.
         policy: name of a dtype policy.
         steps: int.
-        dropout: that of `LanguageModel`.
+        dropout: argument of `LanguageModel`.
     """
 
     variant: str = "MoE-8"
@@ -60,11 +63,11 @@ class Setting:
 
 
 class Run(typing.NamedTuple):
-    """What training gave.
+    """Results of training.
 
     Attributes:
         losses: float `(steps,)`.
-        dropped: float, largest share of words dropped in a step.
+        dropped: float, largest fraction of words dropped in a step.
         weights, slots: lists of `(path, array)`.
     """
 
@@ -74,7 +77,7 @@ class Run(typing.NamedTuple):
     slots: list
 
 
-def prepare_text(folder):
+def prepare_text(folder: str | os.PathLike) -> preparation.PreparedText:
     """Counts the bundled text in `folder`, unless that has been done.
 
     Returns:
@@ -92,27 +95,34 @@ def prepare_text(folder):
     return preparation.prepare_text(config, str(folder))
 
 
-def read_batches(prepared, number, words=512):
-    """The first batches of the longest sentences, all of one shape."""
+def read_batches(
+    prepared: preparation.PreparedText, count: int, words: int = 512
+) -> list[Nest]:
+    """Reads the first batches of the longest sentences, all of one shape."""
     dataset = batching.batches(
         prepared, "train", words, shuffle_buffer=1024, rows_multiple=_ROWS
     )
-    found = []
+    longest = []
     with tf.device("CPU"):
         for batch in dataset.as_numpy_iterator():
-            longest = batch[1].shape[1] == _MAX_WORDS + 1
-            if longest and batch[2][:, 0].all():
-                found.append(batch)
-            if len(found) == number:
-                return found
-    raise ValueError(f"The text has fewer than {number} such batches.")
+            fills = batch[1].shape[1] == _MAX_WORDS + 1
+            if fills and batch[2][:, 0].all():
+                longest.append(batch)
+            if len(longest) == count:
+                return longest
+    raise ValueError(f"The text has fewer than {count} such batches.")
 
 
-def train_model(strategy, setting, batches, vocabulary_size):
-    """Trains a model from its start.
+def train_model(
+    strategy: MeshStrategy | None,
+    setting: Setting,
+    batches: list[Nest],
+    vocabulary_size: int,
+) -> Run:
+    """Trains a model from its initial weights.
 
-    With noise, dropout, balancing losses, sampled softmax, and a capacity
-    that drops words of eight groups.
+    The model has noise, dropout, balancing losses, a sampled softmax, eight
+    token groups, and a capacity that drops words.
 
     Args:
         strategy: `MeshStrategy`, or None for one device.
@@ -177,17 +187,19 @@ def _values(variables):
     return [(v.path, np.array(v.numpy())) for v in variables]
 
 
-def differences(one, other):
-    """The largest differences of two `Run`s.
+def differences(one: Run, other: Run) -> dict[str, float | str]:
+    """Computes the largest differences between two `Run`s.
 
     Returns:
-        dict: of losses; of weights and of slots absolutely, and as a share of
-        the largest entry of the same variable; the variable that differs most.
+        dict. `loss`: difference of losses. `weights` and `slots`: absolute
+        differences. `weights_fraction` and `slots_fraction`: differences as a
+        fraction of the largest entry of the same variable. `weights_in` and
+        `slots_in`: path of the variable with the largest such fraction.
     """
-    found = {"loss": float(np.abs(one.losses - other.losses).max())}
+    result = {"loss": float(np.abs(one.losses - other.losses).max())}
     for kind in ("weights", "slots"):
         pairs = zip(getattr(one, kind), getattr(other, kind), strict=True)
-        apart, share, where = 0.0, 0.0, ""
+        absolute, fraction, where = 0.0, 0.0, ""
         for (path, a), (same, b) in pairs:
             if path != same or a.shape != b.shape:
                 raise ValueError(f"Variables differ: {path} and {same}")
@@ -195,22 +207,33 @@ def differences(one, other):
                 continue
             a, b = np.asarray(a, "float64"), np.asarray(b, "float64")
             largest = np.abs(a - b).max()
-            apart = max(apart, float(largest))
+            absolute = max(absolute, float(largest))
             relative = float(largest / max(np.abs(a).max(), 1e-12))
-            if not relative <= share:
-                share, where = relative, path
-        found |= {kind: apart, f"{kind}_share": share, f"{kind}_in": where}
-    return found
+            if not relative <= fraction:  # Also where it is NaN.
+                fraction, where = relative, path
+        result |= {
+            kind: absolute,
+            f"{kind}_fraction": fraction,
+            f"{kind}_in": where,
+        }
+    return result
 
 
-def compare_with_one_device(axes, device_type, folder, kinds, steps):
-    """Trains on one device, or on a mesh and tells how that differs.
+def compare_with_one_device(
+    axes: dict[str, int] | None,
+    device_type: str,
+    folder: str,
+    kinds: list[tuple[str, str]],
+    steps: int,
+) -> Iterator[dict]:
+    """Trains on a mesh, and compares with the saved run on one device.
 
     Args:
-        axes: dict from name to size; None for one device, which comes first
-            and trains twice: what differs then is the device's own noise.
+        axes: dict from name to size. None for the run on one device, which
+            must come first: it trains twice, saves the first run, and yields
+            the differences between both, the device's own noise.
         device_type: `"CPU"` or `"GPU"`
-        folder: where the text and the values of the one device are.
+        folder: folder of the text and of the saved run.
         kinds: list of pairs, a dtype policy and an optimizer.
         steps: int
 
@@ -218,7 +241,7 @@ def compare_with_one_device(axes, device_type, folder, kinds, steps):
         dicts.
     """
     strategy = MeshStrategy(axes, device_type=device_type) if axes else None
-    # Sums of products in full, so that orders of sums alone differ.
+    # Products in full float32, so that only the order of sums differs.
     tf.config.experimental.enable_tensor_float_32_execution(False)
     prepared = prepare_text(folder)
     batches = read_batches(prepared, steps)

@@ -1,14 +1,13 @@
-"""What a mesh costs when it grows with its experts and tokens.
+"""Weak scaling of a mesh: collectives and time of a device.
 
     python -m moe_tf.benchmarks.scaling --devices=1,2,4,8
 
-Weak scaling: tokens and experts of a device stay, and so should its work and
-what it sends. Virtual CPU devices share the cores of the machine, so the time
-of a step grows with them; what counts are the number and the bytes of the
-collectives, read from the program of one device.
+A device keeps its numbers of tokens and experts as the mesh grows, so its work
+and its communication should stay constant. Virtual CPU devices run on the same
+cores, so the time of a step grows with their number. The result to look at is
+the count and the bytes of the collectives in the program of one device.
 """
 
-import collections
 import concurrent.futures
 import multiprocessing
 import statistics
@@ -20,6 +19,7 @@ from absl import app
 from absl import flags
 
 from moe_tf import layers
+from moe_tf.benchmarks import mesh_timing
 from moe_tf.distribute import MeshStrategy
 from moe_tf.distribute import collectives
 
@@ -31,12 +31,14 @@ _HIDDEN = flags.DEFINE_integer("hidden", 256, "Hidden units an expert.", 1)
 _K = flags.DEFINE_integer("k", 4, "Experts for each token.", 1)
 
 
-def measure(devices, tokens, experts, width, hidden, k):
-    """Median seconds of a step, and the collectives of one device.
+def measure_scaling(
+    devices: int, tokens: int, experts: int, width: int, hidden: int, k: int
+) -> tuple[float, dict[str, tuple[int, int]]]:
+    """Measures a step's median seconds, and the collectives of one device.
 
     Returns:
-        `(seconds, found)`; `found` is a dict of `(number, bytes)` by kind. A
-        collective's bytes are those of what it gives on a device.
+        `(seconds, totals)`; `totals` has `(count, bytes)` by kind. The bytes
+        of a collective are the size of its result on a device.
     """
     strategy = MeshStrategy({"batch": devices})
     with strategy.scope():
@@ -54,19 +56,16 @@ def measure(devices, tokens, experts, width, hidden, k):
     shape = devices, tokens, width
     x_BTD = np.random.default_rng(0).normal(size=shape).astype("float32")
     batch = strategy.put_batch((x_BTD, x_BTD))
-    found = collections.defaultdict(lambda: [0, 0])
-    for op in collectives.list_collectives(model.train_on_batch, *batch):
-        found[op.kind][0] += 1
-        found[op.kind][1] += op.bytes
+    ops = collectives.list_collectives(model.train_on_batch, *batch)
     seconds = []
     for _ in range(9):
         start = time.perf_counter()
         model.train_on_batch(*batch)
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds), dict(found)
+    return statistics.median(seconds), mesh_timing.count_collectives(ops)
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
     print(
@@ -77,8 +76,8 @@ def main(argv):
     for devices in map(int, _DEVICES.value):
         # Devices are made before TensorFlow starts: a process each.
         with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
-            seconds, found = pool.submit(
-                measure,
+            seconds, totals = pool.submit(
+                measure_scaling,
                 devices,
                 _TOKENS.value,
                 _EXPERTS.value,
@@ -88,8 +87,8 @@ def main(argv):
             ).result()
         parts = [f"{devices} devices: {1e3 * seconds:.1f} ms a step"]
         parts += [
-            f"{number} {kind} of {size:,} bytes"
-            for kind, (number, size) in sorted(found.items())
+            f"{count} {kind} of {size:,} bytes"
+            for kind, (count, size) in sorted(totals.items())
         ]
         print("; ".join(parts), flush=True)
 

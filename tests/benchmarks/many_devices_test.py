@@ -32,7 +32,7 @@ def test_measures_on_virtual_devices(tmp_path):
     size = 4 * 8 * 20 * 16 * 2 / 2**20
     assert layer["all-to-all"] == f"4, {size:.3f} MiB"
     assert layer["experts"] == 8 and layer["tokens"] == 128
-    assert exchanged["share of the step"] > 0 and large["GB/s a device"] > 0
+    assert exchanged["fraction of the step"] > 0 and large["GB/s a device"] > 0
     # 2 x 4 experts, two groups of 96 words: ceil(1.25 * 4 * 96 / 8) slots.
     model, exchanged = found["weak"]
     size = 4 * 8 * 60 * 16 * 2 / 2**20

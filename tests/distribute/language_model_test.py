@@ -78,8 +78,8 @@ def check(found):
         # Of about 6; SGD with its large steps is the furthest, also on a mesh
         # of one device.
         assert apart["loss"] < 3e-5, (key, apart)
-        assert apart["weights_share"] < 2e-4, (key, apart)
-        assert apart["slots_share"] < 2e-4, (key, apart)
+        assert apart["weights_fraction"] < 2e-4, (key, apart)
+        assert apart["slots_fraction"] < 2e-4, (key, apart)
 
 
 @functools.cache
@@ -118,7 +118,7 @@ def test_it_would_be_noticed_if_all_reduces_were_merged():
     found = run_with_merged_all_reduces((*FLAT, "adam"))
     ((apart, *_),) = found.values()
     assert apart["loss"] > 1e-2
-    assert apart["weights_share"] > 1e-2
+    assert apart["weights_fraction"] > 1e-2
     with pytest.raises(AssertionError):
         check(found)
 
@@ -181,8 +181,8 @@ def check_rounded(apart):
     seen on meshes of several devices are 3.6e-3, 0.035 and 0.31.
     """
     assert apart["loss"] < 1e-2, apart
-    assert apart["weights_share"] < 0.1, apart
-    assert apart["slots_share"] < 0.9, apart
+    assert apart["weights_fraction"] < 0.1, apart
+    assert apart["slots_fraction"] < 0.9, apart
 
 
 @pytest.mark.slow
@@ -194,8 +194,8 @@ def test_bfloat16_equals_one_device(wanted):
     # Where sums are the same, so are results, as in float32.
     same = found[BATCH_1, "loop"]
     assert same["loss"] < 3e-5
-    assert same["weights_share"] < 2e-4
-    assert same["slots_share"] < 2e-4
+    assert same["weights_fraction"] < 2e-4
+    assert same["slots_fraction"] < 2e-4
     # Thresholds of `batchwise` count words, and so jump: the order of sums in
     # the LSTMs alone moves losses of one device by 0.03.
     reference = "loop" if wanted[1] == "batchwise" else "one"
@@ -213,6 +213,6 @@ def test_bfloat16_equals_one_device(wanted):
 def test_merged_all_reduces_would_be_noticed_in_bfloat16():
     found = run_with_merged_all_reduces(ALL_ROUNDED[0])
     ((apart, *_),) = found.values()
-    assert apart["weights_share"] > 0.1, apart
+    assert apart["weights_fraction"] > 0.1, apart
     with pytest.raises(AssertionError):
         check_rounded(apart)

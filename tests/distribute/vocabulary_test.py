@@ -64,5 +64,5 @@ def test_training_with_a_sampled_softmax_equals_one_device(mesh, optimizers):
     # 9.5e-7 and 1.5e-5 are the largest seen in 10 steps.
     for name, apart in process.run(train, mesh, optimizers).items():
         assert apart["loss"] < 1e-5, (name, apart)
-        assert apart["weights_share"] < 2e-4, (name, apart)
-        assert apart["slots_share"] < 2e-4, (name, apart)
+        assert apart["weights_fraction"] < 2e-4, (name, apart)
+        assert apart["slots_fraction"] < 2e-4, (name, apart)
