@@ -11,6 +11,7 @@ from keras import ops
 from moe_tf import checks
 from moe_tf import layers
 from moe_tf.benchmarks import steps
+from moe_tf.types import Activation
 
 _PLAIN = ("dense", "all_experts", "grouped")
 NAMES = (*_PLAIN, "capacity:FACTOR", "two_level:BRANCHES")
@@ -171,7 +172,12 @@ class AllExperts(keras.layers.Layer):
     """
 
     def __init__(
-        self, num_experts, hidden_units, k, activation="relu", **kwargs
+        self,
+        num_experts: int,
+        hidden_units: int,
+        k: int,
+        activation: Activation = "relu",
+        **kwargs,
     ):
         super().__init__(**kwargs)
         self.num_experts = num_experts
