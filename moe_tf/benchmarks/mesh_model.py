@@ -101,7 +101,11 @@ def _build(experts, groups, width, vocabulary, sampled, jit_compile):
     variant = "4xLSTM-512"
     if experts:
         variant = f"MoE-{experts}"
-        settings |= {"k": _K, "capacity_factor": _FACTOR, "num_groups": groups}
+        settings["moe"] = {
+            "k": _K,
+            "capacity_factor": _FACTOR,
+            "num_groups": groups,
+        }
     model = LanguageModel(variant, vocabulary, **settings)
     for block in model.blocks:
         if isinstance(block, moe.SparseMoE):

@@ -164,11 +164,13 @@ def _build(setting, vocabulary_size):
         setting.variant,
         vocabulary_size,
         width=32,
-        k=2,
-        gating=setting.gating,
         dropout=setting.dropout,
-        capacity_factor=None if setting.gating == "batchwise" else 1.0,
-        num_groups=_ROWS,
+        moe={
+            "k": 2,
+            "gating": setting.gating,
+            "capacity_factor": None if setting.gating == "batchwise" else 1.0,
+            "num_groups": _ROWS,
+        },
         num_sampled=64,
         seed=0,
     )

@@ -1,8 +1,9 @@
-"""Layers of models as plain data, and what each one costs."""
+"""Layers of models as plain data, with kernel shapes and operations."""
 
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
 
 from moe_tf import checks
 
@@ -88,14 +89,34 @@ class Experts:
         return self.k if self.branching is None else self.k**2
 
 
-def mixtures(layers):
-    """Those of a model's layers that have experts."""
+def check_num_experts(
+    name: str, branching: tuple[int, int] | None, num_experts: int | None
+) -> None:
+    """Raises `ValueError` if a two-level variant has another number.
+
+    Args:
+        name: str, the variant's.
+        branching: optional `(a, b)` of the variant's experts.
+        num_experts: optional int, the number that was asked for.
+    """
+    if branching is None or num_experts in (None, math.prod(branching)):
+        return
+    groups, group_size = branching
+    raise ValueError(
+        f"`num_experts` must be left out or be {math.prod(branching)}: the "
+        f"variant {name} has {groups} groups of {group_size} experts. "
+        f"Received: num_experts={num_experts}"
+    )
+
+
+def mixtures(layers: Iterable) -> list[Experts]:
+    """Returns the layers that have experts."""
     return [layer for layer in layers if isinstance(layer, Experts)]
 
 
 @functools.singledispatch
-def layer_shapes(layer, width):
-    """Shapes of the kernels of a layer whose input is `width` wide."""
+def layer_shapes(layer: object, width: int) -> list[tuple[int, ...]]:
+    """Returns the shapes of a layer's kernels, for inputs `(..., width)`."""
     raise TypeError(f"No shapes for the layer {layer}")
 
 
@@ -132,22 +153,23 @@ def _(layer: Experts, width):
     ]
 
 
-def layer_operations(layer, width):
-    """Multiply-adds per word: of what a word reaches, one a weight.
+def layer_operations(layer: object, width: int) -> int:
+    """Counts the multiply-adds per word.
 
-    Vectors are not counted: they multiply nothing, or no word alone.
+    Each weight of a matrix that a word reaches is one. Vectors are not
+    counted: they scale or shift, or belong to no single word.
     """
     if not isinstance(layer, Experts):
         shapes = layer_shapes(layer, width)
         return sum(math.prod(shape) for shape in shapes if len(shape) > 1)
-    reached_columns = layer.num_experts
+    num_logits = layer.num_experts
     if layer.branching is not None:
         groups, group_size = layer.branching
-        reached_columns = groups + layer.k * group_size
+        num_logits = groups + layer.k * group_size
     # Of `W_g` and, if there is noise, `W_noise`.
-    gate_column = (2 if layer.gating == "noisy_top_k" else 1) * width
+    operations_per_logit = (2 if layer.gating == "noisy_top_k" else 1) * width
     expert = 2 * width * layer.hidden_units
-    return reached_columns * gate_column + layer.experts_per_word * expert
+    return num_logits * operations_per_logit + layer.experts_per_word * expert
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,10 +3,11 @@
 import numpy as np
 
 
-def split(seed, num):
-    """`num` seeds from one; all `None` from `None`.
+def split_seed(seed: int | None, num: int) -> list[int | None]:
+    """Returns `num` different seeds made from one; all `None` from `None`.
 
-    One each: with equal ones the draws of layers would be tied.
+    Each layer takes a seed of its own: layers with equal seeds would draw
+    equal numbers.
     """
     if seed is None:
         return [None] * num

@@ -1,6 +1,7 @@
 """The paper's LSTM language models, with and without experts."""
 
-import functools
+import os
+from collections.abc import Mapping
 
 import keras
 from keras import ops
@@ -12,38 +13,52 @@ from moe_tf.layers.recurrent import bidirectional
 from moe_tf.layers.recurrent.projected_lstm import ProjectedLSTMCell
 from moe_tf.layers.softmax import embedding_rows
 from moe_tf.layers.softmax.sampled import SampledSoftmax
-from moe_tf.models import seeds
+from moe_tf.models import moe_settings
 from moe_tf.models.language import variants
+from moe_tf.models.seeds import split_seed
+from moe_tf.models.sigmoid_output import sigmoid_output
+from moe_tf.types import Nest
+from moe_tf.types import Tensor
 
 
 @keras.saving.register_keras_serializable(package="moe_tf")
 class LanguageModel(keras.Model):
     """Predicts each next word of a text from the words before it.
 
-    Embedding, then the layers of the variant, then a softmax over the
-    vocabulary. Every layer but the softmax: dropout on its output, then its
-    input is added. Outputs of experts, and of the feed-forward net in their
-    place, pass a sigmoid before: `x + dropout(sigmoid(moe(x)))`. No biases.
-    The paper says this of its 8M-operation models; here the projected LSTMs
-    have the same dropout and residual.
+    The layers of the variant stand between an embedding and a softmax over
+    the vocabulary. Each of these layers has dropout on its output and a
+    residual connection. The outputs of experts, and of the feed-forward net
+    in their place, first pass a sigmoid: `x + dropout(sigmoid(moe(x)))`.
+    There are no biases. The paper describes its 8M-operation models so; here
+    the models of projected LSTMs have the same dropout and residuals.
 
     Id 0 is padding, to the right of the words. Padding is not routed to
-    experts; LSTMs run over it, which changes no position before it.
+    experts. LSTMs run over padding, which changes no position before it.
 
-    Initial weights, which the paper does not give, are Keras's defaults and
-    follow `keras.utils.set_random_seed`; `seed` is for all later draws.
+    The paper does not give its initial weights. They are Keras's defaults
+    here and follow `keras.utils.set_random_seed`; `seed` is for all draws
+    after that.
+
+    Example:
+
+    >>> model = moe_tf.models.LanguageModel(
+    ...     "MoE-8", 100, width=16, moe={"k": 2, "capacity_factor": 1.5}
+    ... )
+    >>> tokens = np.array([[2, 17, 5, 9], [2, 44, 3, 0]])
+    >>> model(tokens).shape
+    TensorShape([2, 4, 100])
 
     Args:
         variant: str, a name that `language.variants.variant` knows,
             such as `"MoE-32"`.
         vocabulary_size: int, `V`, with padding.
         width: optional int, scales the variant. Defaults to the paper's.
-        k: optional int, experts per word of `MoE-<n>`, at each level where
-            there are two. Defaults to the variant's, 4 or 2.
-        dropout: float, share of outputs dropped. Defaults to `0.1`.
-        gating, importance_weight, load_weight, capacity_factor, num_groups,
-        recompute:
-            see `SparseMoE`. The weights default to the router's.
+        dropout: float, fraction of outputs dropped. Defaults to `0.1`.
+        moe: optional mapping, settings of the MoE layer. The keys are
+            arguments of `SparseMoE`: `num_experts`, `k` and `hidden_units`,
+            by default those of the variant; `gating`, `importance_weight`,
+            `load_weight`, `capacity_factor`, `num_groups` and `recompute`,
+            by default those of `SparseMoE`.
         num_sampled: optional int, classes drawn by the softmax when a
             `NextWordScorer` trains this model. `None` for the whole softmax.
         seed: optional int for dropout, the gate's noise and the softmax's
@@ -66,59 +81,38 @@ class LanguageModel(keras.Model):
 
     def __init__(
         self,
-        variant,
-        vocabulary_size,
+        variant: str,
+        vocabulary_size: int,
         *,
-        width=None,
-        k=None,
-        dropout=0.1,
-        gating="noisy_top_k",
-        importance_weight=None,
-        load_weight=None,
-        num_sampled=None,
-        capacity_factor=None,
-        num_groups=None,
-        recompute=False,
-        seed=None,
+        width: int | None = None,
+        dropout: float = 0.1,
+        moe: Mapping | None = None,
+        num_sampled: int | None = None,
+        seed: int | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
+        moe = moe_settings.complete(moe)
         self.variant = variants.variant(
-            variant, width=width, k=k, gating=gating
+            variant, width=width, **moe_settings.described(moe)
         )
         self.vocabulary_size = vocabulary_size
         self._config = {
             "variant": variant,
             "vocabulary_size": vocabulary_size,
             "width": width,
-            "k": k,
             "dropout": dropout,
-            "gating": gating,
-            "importance_weight": importance_weight,
-            "load_weight": load_weight,
+            "moe": moe,
             "num_sampled": num_sampled,
-            "capacity_factor": capacity_factor,
-            "num_groups": num_groups,
-            "recompute": recompute,
             "seed": seed,
         }
-        # One seed each: equal ones would tie dropout to the gate's noise.
-        dropout_seed, moe_seed, softmax_seed = seeds.split(seed, 3)
+        dropout_seed, moe_seed, softmax_seed = split_seed(seed, 3)
         dtype = self.dtype_policy
         self.embedding = keras.layers.Embedding(
             vocabulary_size, self.variant.width, dtype=dtype, name="embedding"
         )
-        make_experts = functools.partial(
-            SparseMoE,
-            gating=gating,
-            importance_weight=importance_weight,
-            load_weight=load_weight,
-            capacity_factor=capacity_factor,
-            num_groups=num_groups,
-            recompute=recompute,
-            seed=moe_seed,
-        )
-        self.blocks = _make_blocks(self.variant, make_experts, dtype)
+        moe_arguments = {**moe_settings.of_layer(moe), "seed": moe_seed}
+        self.blocks = _make_blocks(self.variant, moe_arguments, dtype)
         self.dropout = keras.layers.Dropout(
             dropout, seed=dropout_seed, dtype=dtype, name="dropout"
         )
@@ -142,15 +136,23 @@ class LanguageModel(keras.Model):
     def call(self, tokens, training=False):
         return self.softmax.logits(self.features(tokens, training=training))
 
-    def features(self, tokens, training=False):
-        """What the softmax sees: int `(B, L)` to float `(B, L, D)`."""
+    def features(self, tokens: Tensor, training: bool = False) -> Tensor:
+        """Computes the input of the softmax.
+
+        Args:
+            tokens: int `(B, L)`.
+            training: bool.
+
+        Returns:
+            Float `(B, L, D)`.
+        """
         mask_BL = ops.not_equal(tokens, special_ids.PAD)
         x_BLD = self.dropout(self._embed(tokens), training=training)
         for block in self.blocks:
             if isinstance(block, keras.layers.RNN):
                 y_BLD = bidirectional.run_rnn(block, x_BLD, training)
             else:
-                y_BLD = _feed_forward(block, x_BLD, mask_BL, training)
+                y_BLD = sigmoid_output(block, x_BLD, mask_BL, training)
             x_BLD += self.dropout(y_BLD, training=training)
         return x_BLD
 
@@ -158,19 +160,19 @@ class LanguageModel(keras.Model):
         rows_BLD = self.embedding(embedding_rows.replicate_ids(tokens))
         return embedding_rows.shard_rows(rows_BLD)
 
-    def initial_states(self, num_sequences):
-        """States of the LSTMs before the first word, for `step`."""
+    def initial_states(self, num_sequences: int) -> Nest:
+        """Returns the LSTMs' states before the first word, for `step`."""
         return [
             cell.get_initial_state(batch_size=num_sequences)
             for cell in self._cells()
         ]
 
-    def step(self, tokens, states):
+    def step(self, tokens: Tensor, states: Nest) -> tuple[Tensor, Nest]:
         """Reads one word of every sequence, without dropout or noise.
 
         Args:
             tokens: int `(B,)`.
-            states: as `initial_states` or the step before gave them.
+            states: those of `initial_states` or of the step before.
 
         Returns:
             Logits of the next word, float32 `(B, V)`, and the states.
@@ -183,12 +185,18 @@ class LanguageModel(keras.Model):
                 y_BD, state = block.cell(x_BD, next(old_states))
                 new_states.append(state)
             else:
-                y_BD = _feed_forward(block, x_BD, mask_B, training=False)
+                y_BD = sigmoid_output(block, x_BD, mask_B, training=False)
             x_BD += y_BD
         return self.softmax.logits(x_BD), new_states
 
-    def export(self, filepath, *args, input_signature=None, **kwargs):
-        """`keras.Model.export`, for token ids of any batch and length."""
+    def export(
+        self,
+        filepath: str | os.PathLike,
+        *args,
+        input_signature: list | None = None,
+        **kwargs,
+    ) -> None:
+        """Exports as `keras.Model` does, for ids of any batch and length."""
         if input_signature is None:
             input_signature = [
                 keras.InputSpec("int32", (None, None), name="tokens")
@@ -198,7 +206,13 @@ class LanguageModel(keras.Model):
         )
 
     def get_config(self):
-        return {**super().get_config(), **self._config}
+        config = {**super().get_config(), **self._config}
+        return {**config, "moe": dict(self._config["moe"])}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = moe_settings.nest_former_fields(config)
+        return super().from_config(config, custom_objects)
 
     def _cells(self):
         return [
@@ -208,14 +222,8 @@ class LanguageModel(keras.Model):
         ]
 
 
-def _feed_forward(block, x, mask, training):
-    if isinstance(block, SparseMoE):
-        return ops.sigmoid(block(x, mask=mask, training=training))
-    return ops.sigmoid(block(x))
-
-
-def _make_blocks(variant, make_experts, dtype):
-    """The layers between embedding and softmax, built from a description."""
+def _make_blocks(variant, moe_arguments, dtype):
+    """Makes the layers between embedding and softmax."""
     blocks = []
     num_lstms = 0
     for layer in variant.layers:
@@ -224,13 +232,14 @@ def _make_blocks(variant, make_experts, dtype):
             num_lstms += 1
         elif isinstance(layer, variants.Experts):
             blocks.append(
-                make_experts(
+                SparseMoE(
                     layer.num_experts,
                     layer.hidden_units,
                     layer.k,
                     branching=layer.branching,
                     dtype=dtype,
                     name="moe",
+                    **moe_arguments,
                 )
             )
         else:

@@ -15,6 +15,7 @@ from moe_tf import checks
 from moe_tf.models.layer_specs import Experts
 from moe_tf.models.layer_specs import FeedForward
 from moe_tf.models.layer_specs import Lstm
+from moe_tf.models.layer_specs import check_num_experts
 from moe_tf.models.layer_specs import layer_operations
 from moe_tf.models.layer_specs import layer_shapes
 
@@ -125,7 +126,14 @@ _FLAT = re.compile(r"MoE-([1-9][0-9]*)")
 _TWO_LEVEL = re.compile(r"MoE-([1-9][0-9]*)x([1-9][0-9]*)-h")
 
 
-def variant(name, width=None, k=None, gating="noisy_top_k"):
+def variant(
+    name: str,
+    width: int | None = None,
+    k: int | None = None,
+    gating: str = "noisy_top_k",
+    num_experts: int | None = None,
+    hidden_units: int | None = None,
+) -> Variant:
     """Looks up a language model of sections 5.1, 5.2, appendices C and D.
 
     Another `width` scales every layer of the family alike, so that variants
@@ -149,28 +157,23 @@ def variant(name, width=None, k=None, gating="noisy_top_k"):
         k: optional int, experts kept per word of `MoE-<n>`; of the two-level
             variants, groups kept per word and experts kept in each. Defaults
             to 4, and to 2 at each level.
-        gating: str, see `SparseMoE`. Defaults to the paper's, with which
-            alone counts are those of its tables.
+        gating: str, see `SparseMoE`. Only with the default, the paper's, are
+            the counts those of its tables.
+        num_experts: optional int, in place of the number in `MoE-<n>`. A
+            two-level variant has as many as its name says.
+        hidden_units: optional int, hidden width of each expert. Defaults to
+            twice the width (8 times for `MoE-143M`).
 
     Returns:
         A `Variant`.
 
     Raises:
-        ValueError: if no variant has this name, or the width, `k` or gating
-            does not fit it.
+        ValueError: if no variant has this name, or a setting does not fit it.
     """
     checks.at_least("width", width, 1, none_is_fine=True)
-    family = _look_up(name)
-    if family.k is None and k is not None:
-        raise ValueError(
-            "`k` is for the variants with a choice of experts; leave it out "
-            f"here. Received: k={k}, name={name}"
-        )
-    if family.k is None and gating != "noisy_top_k":
-        raise ValueError(
-            "`gating` is for the variants with a choice of experts; leave it "
-            f"out here. Received: gating={gating}, name={name}"
-        )
+    family = _look_up(name, num_experts)
+    if family.k is None:
+        _refuse_moe_settings(name, k, gating, num_experts, hidden_units)
     if gating == "expert_choice":
         raise ValueError(
             "`gating` of a language model must not look at later words, as "
@@ -178,20 +181,38 @@ def variant(name, width=None, k=None, gating="noisy_top_k"):
         )
     width = family.width if width is None else width
     k = family.k if k is None else k
-    layers = (
-        dataclasses.replace(layer, gating=gating)
-        if isinstance(layer, Experts)
-        else layer
-        for layer in family.layers(width, k)
-    )
+    changes = {"gating": gating}
+    if hidden_units is not None:
+        changes["hidden_units"] = hidden_units
+    layers = []
+    for layer in family.layers(width, k):
+        if isinstance(layer, Experts):
+            check_num_experts(name, layer.branching, num_experts)
+            layer = dataclasses.replace(layer, **changes)
+        layers.append(layer)
     return Variant(name, width, tuple(layers))
 
 
-def _look_up(name):
+def _refuse_moe_settings(name, k, gating, num_experts, hidden_units):
+    """Raises `ValueError` for a setting of experts where there are none."""
+    for field, value, default in (
+        ("num_experts", num_experts, None),
+        ("k", k, None),
+        ("hidden_units", hidden_units, None),
+        ("gating", gating, "noisy_top_k"),
+    ):
+        if value != default:
+            raise ValueError(
+                f"`{field}` is for the variants with a choice of experts; "
+                f"leave it out here. Received: {field}={value}, name={name}"
+            )
+
+
+def _look_up(name, num_experts):
     if name in _NAMED:
         return _NAMED[name]
     if flat := _FLAT.fullmatch(name):
-        return _flat(int(flat[1]))
+        return _flat(int(flat[1]) if num_experts is None else num_experts)
     if split := _TWO_LEVEL.fullmatch(name):
         return _two_level(int(split[1]), int(split[2]))
     raise ValueError(
@@ -202,7 +223,7 @@ def _look_up(name):
     )
 
 
-def count(variant):
+def count(variant: Variant) -> Counts:
     """Counts parameters and operations from the description alone.
 
     As in the paper's tables, embedding and softmax are left out, a
@@ -229,12 +250,14 @@ def count(variant):
     )
 
 
-def vocabulary_parameters(variant, vocabulary_size):
+def vocabulary_parameters(variant: Variant, vocabulary_size: int) -> int:
     """Parameters of embedding and softmax, two separate `(V, D)` tables."""
     return 2 * vocabulary_size * variant.width
 
 
-def kernel_shapes(variant, vocabulary_size):
+def kernel_shapes(
+    variant: Variant, vocabulary_size: int
+) -> list[tuple[int, ...]]:
     """Shapes of all kernels, embedding and softmax included."""
     table = (vocabulary_size, variant.width)
     shapes = [table, table]

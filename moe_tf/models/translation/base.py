@@ -1,54 +1,61 @@
-"""What all translation models have: tables, softmax, settings, export."""
+"""Base class of the translation models: tables, softmax, config, export."""
 
 import inspect
+import os
+from collections.abc import Mapping
 
 import keras
 from keras import ops
 
 from moe_tf import special_ids
+from moe_tf.layers.feed_forward import FeedForward
 from moe_tf.layers.moe import SparseMoE
 from moe_tf.layers.softmax import embedding_rows
 from moe_tf.layers.softmax.tied import WordSoftmax
 from moe_tf.models import layer_specs as layers
-from moe_tf.models import seeds
+from moe_tf.models import moe_settings
+from moe_tf.models.seeds import split_seed
 from moe_tf.models.translation import variants
-
-MOE_SETTINGS = (
-    "gating",
-    "importance_weight",
-    "load_weight",
-    "capacity_factor",
-    "num_groups",
-    "recompute",
-)
+from moe_tf.types import Tensor
 
 
 class TranslationModel(keras.Model):
-    """A model of a target text given a source text.
+    """Base class of models of a target text given a source text.
 
-    Id 0 is padding, to the right of the words. It is not attended to and not
-    routed to experts; what a model gives at a padded target position means
-    nothing.
+    Id 0 is padding, to the right of the words. Padding is not attended to and
+    not routed to experts. Outputs at padded target positions have no meaning.
 
-    Subclasses make their layers in `_make`, and implement `encode`,
-    `decode`, `initial_states` and `step`.
+    Subclasses make their layers after `super().__init__`, and implement
+    `encode`, `decode`, `initial_states`, `step` and `_own_layers`.
+
+    Args:
+        variant: str, see `translation.variants.variant`.
+        vocabulary_size: int, `V`, with padding.
+        sizes: mapping of the sizes that `translation.variants.variant` takes
+            besides those of experts.
+        dropout: float.
+        moe: optional mapping, see `models.moe_settings`.
+        seed: optional int.
     """
 
     architecture = None
 
     def __init__(
         self,
-        variant,
-        vocabulary_size,
+        variant: str,
+        vocabulary_size: int,
         *,
-        sizes,
-        settings,
-        moe,
-        table_initializer,
+        sizes: Mapping,
+        dropout: float,
+        moe: Mapping | None,
+        seed: int | None,
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.variant = variants.variant(variant, gating=moe["gating"], **sizes)
+        moe = moe_settings.complete(moe)
+        self.variant = variants.variant(
+            variant, **sizes, **moe_settings.described(moe)
+        )
         if self.variant.architecture != self.architecture:
             raise ValueError(
                 f"`variant` must be one of {self.architecture}. "
@@ -59,33 +66,38 @@ class TranslationModel(keras.Model):
             "variant": variant,
             "vocabulary_size": vocabulary_size,
             **sizes,
-            **settings,
-            **moe,
+            "dropout": dropout,
+            "moe": moe,
+            "seed": seed,
         }
-        self._moe = moe
         # One for each layer that draws; there are no more than layers.
         num_seeds = 2 * len(self.variant.layers) + 2
-        self._seeds = iter(seeds.split(settings["seed"], num_seeds))
+        self._seeds = iter(split_seed(seed, num_seeds))
+        self._make_dropout_and_tables(self._table_initializer())
+
+    def _table_initializer(self):
+        """Returns the initializer of the embeddings and the softmax."""
+        return "uniform"
+
+    def _make_dropout_and_tables(self, initializer):
+        dtype = self.dtype_policy
         self.dropout = keras.layers.Dropout(
-            settings["dropout"],
+            self._config["dropout"],
             seed=next(self._seeds),
-            dtype=self.dtype_policy,
+            dtype=dtype,
             name="dropout",
         )
         self.softmax = WordSoftmax(
-            vocabulary_size,
-            table_initializer,
-            dtype=self.dtype_policy,
-            name="softmax",
+            self.vocabulary_size, initializer, dtype=dtype, name="softmax"
         )
         self.source_embedding = self.target_embedding = None
         if not self.variant.tie_embeddings:
             self.source_embedding, self.target_embedding = (
                 keras.layers.Embedding(
-                    vocabulary_size,
+                    self.vocabulary_size,
                     self.variant.width,
-                    embeddings_initializer=table_initializer,
-                    dtype=self.dtype_policy,
+                    embeddings_initializer=initializer,
+                    dtype=dtype,
                     name=name,
                 )
                 for name in ("source_embedding", "target_embedding")
@@ -94,12 +106,14 @@ class TranslationModel(keras.Model):
     def call(self, inputs, training=False):
         return self.softmax.logits(self.features(inputs, training=training))
 
-    def features(self, inputs, training=False):
-        """What the softmax sees.
+    def features(
+        self, inputs: Mapping[str, Tensor], training: bool = False
+    ) -> Tensor:
+        """Computes the input of the softmax.
 
         Args:
             inputs: dict of `source`, int `(B, S)`, and `tokens`, int
-                `(B, L)`, the target so far at every position.
+                `(B, L)`: the target, each word one position later.
             training: bool.
 
         Returns:
@@ -118,11 +132,19 @@ class TranslationModel(keras.Model):
         shape = (None, None, self.variant.width)
         if not self.softmax.built:
             self.softmax.build(shape)
-        self._build_layers(shape)
+        for layer in self._own_layers():
+            if not layer.built:
+                layer.build(shape)
         self.built = True
 
-    def export(self, filepath, *args, input_signature=None, **kwargs):
-        """`keras.Model.export`, for token ids of any batch and lengths."""
+    def export(
+        self,
+        filepath: str | os.PathLike,
+        *args,
+        input_signature: list | None = None,
+        **kwargs,
+    ) -> None:
+        """Exports as `keras.Model` does, for ids of any batch and lengths."""
         if input_signature is None:
             input_signature = [
                 {
@@ -135,17 +157,28 @@ class TranslationModel(keras.Model):
         )
 
     def get_config(self):
-        return {**super().get_config(), **self._config}
+        config = {**super().get_config(), **self._config}
+        return {**config, "moe": dict(self._config["moe"])}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = moe_settings.nest_former_fields(config)
+        return super().from_config(config, custom_objects)
 
     def _embed(self, table, tokens):
-        """Rows of a table, or of the softmax's where there is none."""
+        """Looks tokens up in a table, by default in the softmax's."""
         if table is None:
             return self.softmax.embed(tokens)
         return embedding_rows.shard_rows(
             table(embedding_rows.replicate_ids(tokens))
         )
 
-    def _make_experts(self, layer, name):
+    def _make_net(self, layer, moe_name, dense_name):
+        """Makes an MoE layer, or the feed-forward net in its place."""
+        if isinstance(layer, layers.FeedForward):
+            return FeedForward(
+                layer.hidden_units, dtype=self.dtype_policy, name=dense_name
+            )
         return SparseMoE(
             layer.num_experts,
             layer.hidden_units,
@@ -153,18 +186,18 @@ class TranslationModel(keras.Model):
             branching=layer.branching,
             seed=next(self._seeds),
             dtype=self.dtype_policy,
-            name=name,
-            **self._moe,
+            name=moe_name,
+            **moe_settings.of_layer(self._config["moe"]),
         )
 
 
-def is_word(tokens):
-    """Mask of what is no padding."""
+def is_word(tokens: Tensor) -> Tensor:
+    """Returns the mask of the tokens that are not padding, bool."""
     return ops.not_equal(tokens, special_ids.PAD)
 
 
-def settings_of(model_class):
-    """Names of the settings that a model takes by keyword."""
+def keyword_arguments(model_class: type[TranslationModel]) -> list[str]:
+    """Returns the names of the settings that a model takes by keyword."""
     return [
         name
         for name, parameter in inspect.signature(
@@ -172,7 +205,3 @@ def settings_of(model_class):
         ).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY
     ]
-
-
-def is_experts(layer):
-    return isinstance(layer, layers.Experts)

@@ -1,7 +1,8 @@
 """Makes translation models by the names of their variants."""
 
 from moe_tf.models.translation import variants
-from moe_tf.models.translation.base import settings_of
+from moe_tf.models.translation.base import TranslationModel
+from moe_tf.models.translation.base import keyword_arguments
 from moe_tf.models.translation.gnmt import Gnmt
 from moe_tf.models.translation.transformer import Transformer
 
@@ -11,14 +12,16 @@ MODELS = {
 }
 
 
-def make(variant_name, vocabulary_size, **settings):
-    """The model of a variant, `Gnmt` or `Transformer`.
+def make_model(
+    variant_name: str, vocabulary_size: int, **settings: object
+) -> TranslationModel:
+    """Makes the model of a variant, a `Gnmt` or a `Transformer`.
 
     Args:
         variant_name: str, see `translation.variants.variant`.
         vocabulary_size: int, `V`, with padding.
-        **settings: of the model's class; `None` for its default. Sizes that
-            are `None` need not be of the architecture.
+        **settings: those of the model's class; `None` for the default. A
+            setting of the other architecture may be given if it is `None`.
 
     Returns:
         A `keras.Model`, not built.
@@ -28,7 +31,7 @@ def make(variant_name, vocabulary_size, **settings):
     """
     architecture = variants.variant(variant_name).architecture
     model_class = MODELS[architecture]
-    known = settings_of(model_class)
+    known = keyword_arguments(model_class)
     settings = {
         name: value for name, value in settings.items() if value is not None
     }

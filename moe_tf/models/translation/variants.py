@@ -8,6 +8,7 @@ adds it up without building anything.
 import dataclasses
 import math
 import re
+from typing import NamedTuple
 
 from moe_tf import checks
 from moe_tf.models import layer_specs as layers
@@ -25,8 +26,8 @@ class Variant:
         name: str, as `variant` takes it.
         architecture: `"gnmt"` or `"transformer"`.
         width: int, width of embeddings and of every layer's output.
-        encoder: tuple of `layer_descriptions`, bottom first.
-        decoder: tuple of `layer_descriptions`, bottom first.
+        encoder: tuple of `layer_specs`, bottom first.
+        decoder: tuple of `layer_specs`, bottom first.
         tie_embeddings: bool, whether source, target and softmax share one
             table.
     """
@@ -39,7 +40,8 @@ class Variant:
     tie_embeddings: bool = False
 
     @property
-    def layers(self):
+    def layers(self) -> tuple:
+        """All layers, those of the encoder first."""
         return (*self.encoder, *self.decoder)
 
 
@@ -66,7 +68,9 @@ _GNMT_TWO_LEVEL = re.compile(r"GNMT-MoE-([1-9][0-9]*)x([1-9][0-9]*)-h")
 _TRANSFORMER_MOE = re.compile(r"Transformer-MoE-([1-9][0-9]*)")
 
 
-def variant(name, *, gating="noisy_top_k", **sizes):
+def variant(
+    name: str, *, gating: str = "noisy_top_k", **sizes: int | None
+) -> Variant:
     """Looks up a translation model; sizes default to the paper's.
 
     Another `width` alone scales every layer alike. Sizes that the
@@ -91,10 +95,11 @@ def variant(name, *, gating="noisy_top_k", **sizes):
         gating: str, see `SparseMoE`. The paper has `"batchwise"` for one
             language pair and `"noisy_top_k"` for many.
         **sizes: optional ints. Of both: `width` (512), `encoder_layers`
-            (3, or 6 of the Transformer), `decoder_layers` (2, or 6), `k`,
-            `expert_hidden` (`4 * width`; `16 * width` of multi;
-            `feed_forward / k`). Of GNMT: `cells` (`4 * width`), of each
-            LSTM, `attention_units` (`width`), `bidirectional` (bool,
+            (3, or 6 of the Transformer), `decoder_layers` (2, or 6). Of the
+            experts: `num_experts` (the number in the name; two levels have
+            no other), `k`, `hidden_units` (`4 * width`; `16 * width` of
+            multi; `feed_forward / k`). Of GNMT: `cells` (`4 * width`), of
+            each LSTM, `attention_units` (`width`), `bidirectional` (bool,
             `False`), whether the bottom encoder layer reads both ways. Of
             the Transformer: `num_heads` (8), `feed_forward` (`4 * width`),
             `moe_every` (2), `tie_embeddings` (bool, `True`).
@@ -106,29 +111,41 @@ def variant(name, *, gating="noisy_top_k", **sizes):
         ValueError: if no variant has this name, or a size does not fit it.
     """
     sizes = {key: size for key, size in sizes.items() if size is not None}
-    experts = _experts(name)
-    _check(name, gating, experts, sizes)
-    make = _gnmt if name.startswith("GNMT") else _transformer
-    return make(name, experts, gating, **sizes)
+    experts = _default_experts(name)
+    _check_settings(name, gating, experts, sizes)
+    num_experts = sizes.pop("num_experts", None)
+    if num_experts is not None:
+        layers.check_num_experts(name, experts.branching, num_experts)
+        experts = experts._replace(num_experts=num_experts)
+    describe = _gnmt if name.startswith("GNMT") else _transformer
+    return describe(name, experts, gating, **sizes)
 
 
-def _experts(name):
-    """Number, branching and `k` of the experts; `None` where there are none."""
+class _DefaultExperts(NamedTuple):
+    """Settings of a variant's experts that its name decides."""
+
+    num_experts: int
+    branching: tuple[int, int] | None
+    k: int
+
+
+def _default_experts(name):
+    """Looks a name up; returns `None` for a variant without experts."""
     if name in ("Transformer", *_GNMT_DENSE):
         return None
     if name in _GNMT_SPLITS:
         a, b = _GNMT_SPLITS[name]
-        return a * b, (a, b), 2
+        return _DefaultExperts(a * b, (a, b), 2)
     for pattern, k in (
         (_GNMT_FLAT, 4),
         (_GNMT_MULTI, 2),
         (_TRANSFORMER_MOE, 2),
     ):
         if flat := pattern.fullmatch(name):
-            return int(flat[1]), None, k
+            return _DefaultExperts(int(flat[1]), None, k)
     if split := _GNMT_TWO_LEVEL.fullmatch(name):
         a, b = int(split[1]), int(split[2])
-        return a * b, (a, b), 2
+        return _DefaultExperts(a * b, (a, b), 2)
     raise ValueError(
         "`name` must be one of GNMT, GNMT-wide, GNMT-MoE-<n>, "
         "GNMT-MoE-<a>x<b>-h, GNMT-MoE-512-h, GNMT-MoE-2048-h, GNMT-multi-<n>, "
@@ -137,16 +154,18 @@ def _experts(name):
     )
 
 
-def _check(name, gating, experts, sizes):
+def _check_settings(name, gating, experts, sizes):
+    """Raises `ValueError` for a setting that the variant does not have."""
     common = {"width", "encoder_layers", "decoder_layers"}
     if name.startswith("GNMT"):
         known = common | {"cells", "attention_units", "bidirectional"}
     else:
         known = common | {"num_heads", "feed_forward", "tie_embeddings"}
     if experts is not None or name == "GNMT-wide":
-        known |= {"k", "expert_hidden"}
-    if experts is not None and not name.startswith("GNMT"):
-        known |= {"moe_every"}
+        known |= {"k", "hidden_units"}
+    if experts is not None:
+        known |= {"num_experts"}
+        known |= set() if name.startswith("GNMT") else {"moe_every"}
     for key, size in sizes.items():
         if key not in known:
             raise ValueError(
@@ -178,13 +197,13 @@ def _gnmt(
     encoder_layers=3,
     decoder_layers=2,
     k=None,
-    expert_hidden=None,
+    hidden_units=None,
     bidirectional=False,
 ):
     cells = 4 * width if cells is None else cells
     attention_units = width if attention_units is None else attention_units
-    if expert_hidden is None:
-        expert_hidden = (16 if _GNMT_MULTI.fullmatch(name) else 4) * width
+    if hidden_units is None:
+        hidden_units = (16 if _GNMT_MULTI.fullmatch(name) else 4) * width
     if bidirectional and width % 2:
         raise ValueError(
             "`width` must be even with `bidirectional`: each direction gives "
@@ -192,11 +211,14 @@ def _gnmt(
         )
     between = ()
     if experts is not None:
-        number, branching, default_k = experts
-        k = default_k if k is None else k
-        between = (Experts(number, expert_hidden, k, branching, gating),)
+        k = experts.k if k is None else k
+        between = (
+            Experts(
+                experts.num_experts, hidden_units, k, experts.branching, gating
+            ),
+        )
     elif name == "GNMT-wide":
-        between = (FeedForward(((4 if k is None else k) * expert_hidden,)),)
+        between = (FeedForward(((4 if k is None else k) * hidden_units,)),)
     lstm = layers.Lstm(cells, projected=True)
     bottom = layers.BidirectionalLstm(cells) if bidirectional else lstm
     encoder = (bottom, *[lstm] * (encoder_layers - 1))
@@ -230,7 +252,7 @@ def _transformer(
     encoder_layers=6,
     decoder_layers=6,
     k=None,
-    expert_hidden=None,
+    hidden_units=None,
     moe_every=2,
     tie_embeddings=True,
 ):
@@ -243,15 +265,14 @@ def _transformer(
     dense = FeedForward((feed_forward,))
     mixture = dense
     if experts is not None:
-        number, _, default_k = experts
-        k = default_k if k is None else k
-        if expert_hidden is None and feed_forward % k:
+        k = experts.k if k is None else k
+        if hidden_units is None and feed_forward % k:
             raise ValueError(
-                "`k` must divide `feed_forward`, or give `expert_hidden`. "
+                "`k` must divide `feed_forward`, or give `hidden_units`. "
                 f"Received: k={k}, feed_forward={feed_forward}"
             )
-        expert_hidden = expert_hidden or feed_forward // k
-        mixture = Experts(number, expert_hidden, k, gating=gating)
+        hidden_units = hidden_units or feed_forward // k
+        mixture = Experts(experts.num_experts, hidden_units, k, gating=gating)
 
     def stack(num_blocks, *attentions):
         blocks = []
@@ -274,7 +295,9 @@ def _transformer(
     )
 
 
-def count(variant, vocabulary_size, as_in_paper=False):
+def count(
+    variant: Variant, vocabulary_size: int, as_in_paper: bool = False
+) -> Counts:
     """Counts parameters and operations from the description alone.
 
     A multiply-add is one operation; experts that a word does not reach cost
@@ -312,7 +335,9 @@ def count(variant, vocabulary_size, as_in_paper=False):
     return Counts(parameters, operations)
 
 
-def kernel_shapes(variant, vocabulary_size):
+def kernel_shapes(
+    variant: Variant, vocabulary_size: int
+) -> list[tuple[int, ...]]:
     """Shapes of all weights, embeddings and softmax included."""
     table = (vocabulary_size, variant.width)
     shapes = [table] * (1 if variant.tie_embeddings else 3)

@@ -8,6 +8,7 @@ from moe_tf.data.text import batching
 from moe_tf.data.text import preparation
 from moe_tf.decoding import language_model
 from moe_tf.models import layer_specs
+from moe_tf.models import moe_settings
 from moe_tf.models.language import variants
 from moe_tf.models.language.model import LanguageModel
 from moe_tf.models.language.scorer import NextWordScorer
@@ -72,9 +73,11 @@ class LanguageModelTask(Task):
 
     def variant(self) -> variants.Variant:
         """What the model consists of, without building it."""
-        model = self.config.model
+        model, moe = self.model_settings()
         return variants.variant(
-            model.variant, width=model.width, k=model.k, gating=model.gating
+            model["variant"],
+            width=model["width"],
+            **moe_settings.described(moe_settings.complete(moe)),
         )
 
     def prepare(self, workdir: str) -> preparation.PreparedText:
@@ -84,12 +87,14 @@ class LanguageModelTask(Task):
     def build(self, prepared: preparation.PreparedText) -> NextWordScorer:
         """Builds the compiled model; the seed decides its weights."""
         train = self.config.train
+        model, moe = self.model_settings()
         with self.scope():
             scorer = NextWordScorer(
                 LanguageModel(
                     vocabulary_size=prepared.vocabulary.size,
                     seed=self.config.seed,
-                    **self.config.model,
+                    moe=moe,
+                    **model,
                 )
             )
             scorer.build()

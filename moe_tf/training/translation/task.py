@@ -247,15 +247,13 @@ class TranslationTask(Task):
         return told
 
     def _make_model(self, vocabulary_size):
-        return factory.make(
-            self.config.model.variant,
+        model, moe = self.model_settings()
+        return factory.make_model(
+            model.pop("variant"),
             vocabulary_size,
             seed=self.config.seed,
-            **{
-                name: value
-                for name, value in self.config.model.items()
-                if name != "variant"
-            },
+            moe=moe,
+            **model,
         )
 
 

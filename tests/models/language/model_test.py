@@ -72,7 +72,8 @@ def test_weights_are_as_many_as_counted(name, width):
 
 @pytest.mark.parametrize("gating", ["softmax_top_k", "switch", "batchwise"])
 def test_weights_of_other_gates_are_counted(gating):
-    model = make("MoE-4", gating=gating, k=1 if gating == "switch" else 2)
+    k = 1 if gating == "switch" else 2
+    model = make("MoE-4", moe={"gating": gating, "k": k})
     shapes = [tuple(w.shape) for w in model.trainable_weights]
     vocabulary = variants.vocabulary_parameters(model.variant, VOCABULARY_SIZE)
     want = variants.count(model.variant).parameters
@@ -166,7 +167,7 @@ def test_later_words_and_padding_change_nothing_before(name):
 
 
 def test_padding_is_not_routed():
-    model, tokens = spread(make("MoE-32", k=2)), text(3, 8)
+    model, tokens = spread(make("MoE-32", moe={"k": 2})), text(3, 8)
     tokens[0, 3:] = 0
     model(tokens, training=True)
     assigned_E = model.get_layer("moe").balance.assigned_E
@@ -175,19 +176,22 @@ def test_padding_is_not_routed():
 
 def test_balancing_losses_and_settings_reach_the_experts():
     tokens = text(3, 8)
-    full = spread(make("MoE-32", importance_weight=0.2, load_weight=0.3))
+    weights = {"importance_weight": 0.2, "load_weight": 0.3}
+    full = spread(make("MoE-32", moe=weights))
     full(tokens)
     assert full.losses == []
     full(tokens, training=True)
-    none = spread(make("MoE-32", importance_weight=0.0, load_weight=0.0))
+    weights = {"importance_weight": 0.0, "load_weight": 0.0}
+    none = spread(make("MoE-32", moe=weights))
     none(tokens, training=True)
     assert float(sum(full.losses)) > 0
     assert float(sum(none.losses, 0.0)) == 0
-    moe = make("MoE-32", k=3, capacity_factor=1.5).get_layer("moe")
+    settings = {"k": 3, "capacity_factor": 1.5}
+    moe = make("MoE-32", moe=settings).get_layer("moe")
     assert moe.k == 3 and moe.capacity_factor == 1.5
-    moe = make("MoE-4x3-h", recompute=True).get_layer("moe")
+    moe = make("MoE-4x3-h", moe={"recompute": True}).get_layer("moe")
     assert moe.router.branching == (4, 3) and moe.experts.recompute
-    moe = make("MoE-32", gating="batchwise").get_layer("moe")
+    moe = make("MoE-32", moe={"gating": "batchwise"}).get_layer("moe")
     assert isinstance(moe.router, BatchwiseRouter)
 
 
@@ -247,12 +251,19 @@ def test_config_holds_every_argument():
         "variant": "MoE-32",
         "vocabulary_size": 19,
         "width": 8,
-        "k": 2,
         "dropout": 0.3,
-        "importance_weight": 0.2,
-        "load_weight": 0.4,
+        "moe": {
+            "num_experts": 16,
+            "k": 2,
+            "hidden_units": 6,
+            "gating": "softmax_top_k",
+            "importance_weight": 0.2,
+            "load_weight": 0.4,
+            "capacity_factor": 1.5,
+            "num_groups": 2,
+            "recompute": True,
+        },
         "num_sampled": 5,
-        "capacity_factor": 1.5,
         "seed": 6,
         "name": "lm",
     }

@@ -162,6 +162,13 @@ def test_any_number_of_experts():
     assert described.layers[1] == variants.Experts(64, hidden_units=32, k=2)
 
 
+@pytest.mark.parametrize("name", ["MoE-4", "MoE-4x4-h", "MoE-32"])
+def test_settings_of_experts_override_those_of_the_name(name):
+    described = variant(name, num_experts=16, hidden_units=5, k=2)
+    branching = (4, 4) if "x" in name else None
+    assert described.layers[1] == variants.Experts(16, 5, 2, branching)
+
+
 @pytest.mark.parametrize(
     "name,branching",
     [
@@ -273,6 +280,20 @@ def test_unknown_name_lists_the_known(name):
         ({"name": "MoE-1x8-h"}, r"`k` must be.*k=2.*\(1, 8\)"),
         ({"name": "MoE-143M", "k": 9}, r"`k` must be.*k=9.*\(32, 8\)"),
         ({"name": "MoE-1-Wide", "k": 4}, "`k` is for the variants"),
+        (
+            {"name": "MoE-1-Deep", "num_experts": 4},
+            "`num_experts` is for the variants.*num_experts=4",
+        ),
+        (
+            {"name": "4xLSTM-512", "hidden_units": 4},
+            "`hidden_units` is for the variants",
+        ),
+        ({"name": "MoE-4", "num_experts": 0}, "`num_experts` must be"),
+        (
+            {"name": "MoE-4x4-h", "num_experts": 8},
+            "`num_experts` must.*16.*4 groups of 4 experts.*num_experts=8",
+        ),
+        ({"name": "MoE-34M", "num_experts": 8}, "1024.*num_experts=8"),
         ({"name": "2xLSTM-8192-1024", "k": 1}, "`k` is for the variants"),
         (
             {"name": "4xLSTM-512", "width": 0},

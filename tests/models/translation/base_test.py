@@ -21,7 +21,7 @@ SIZES = {
 CASES = {
     "GNMT": {},
     "GNMT-wide": {"attention_form": "sum", "bidirectional": True},
-    "GNMT-MoE-6": {"k": 2, "gating": "softmax_top_k"},
+    "GNMT-MoE-6": {"moe": {"k": 2, "gating": "softmax_top_k"}},
     "GNMT-MoE-2x3-h": {"bidirectional": True},
     "Transformer": {},
     "Transformer-MoE-4": {"tie_embeddings": False},
@@ -32,7 +32,7 @@ LENGTHS = np.array([6, 3, 5])
 def make(name, /, **kwargs):
     settings = {"width": 8, "seed": 1, **SIZES[name.split("-")[0]]}
     settings |= {**CASES.get(name, {}), **kwargs}
-    model = factory.make(name, V, **settings)
+    model = factory.make_model(name, V, **settings)
     model.build()
     return model
 
@@ -118,7 +118,7 @@ def test_later_words_and_padding_change_no_word_before(name):
 def test_same_seed_same_draws_and_layers_draw_apart(name):
     settings = {"dropout": 0.5}
     if "GNMT" in name:
-        settings["gating"] = "noisy_top_k"
+        settings["moe"] = {"gating": "noisy_top_k"}
     inputs = batch()
     first, second, other = (
         spread(make(name, seed=seed, **settings)) for seed in (7, 7, 8)
@@ -141,22 +141,17 @@ def test_same_seed_same_draws_and_layers_draw_apart(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_without_dropout_and_noise_training_is_inference(name):
-    gating = {"gating": "softmax_top_k"} if name[-1] in "46" else {}
+    moe = {"gating": "softmax_top_k"} if name[-1] in "46" else {}
     if name.endswith("-h"):
         return  # noisy gates alone have two levels
-    model, inputs = spread(make(name, dropout=0.0, **gating)), batch()
+    model, inputs = spread(make(name, dropout=0.0, moe=moe)), batch()
     close(model(inputs, training=True), model(inputs))
 
 
 @pytest.mark.parametrize("name", ["GNMT-MoE-6", "Transformer-MoE-4"])
 def test_settings_reach_every_mixture(name):
-    model = make(
-        name,
-        gating="batchwise",
-        capacity_factor=1.5,
-        recompute=True,
-        k=2,
-    )
+    moe = {"gating": "batchwise", "capacity_factor": 1.5, "recompute": True}
+    model = make(name, moe={**moe, "k": 2})
     mixtures = [
         layer for layer in model._flatten_layers() if layer.name[-4:] == "_moe"
     ]
@@ -168,12 +163,7 @@ def test_settings_reach_every_mixture(name):
     for layer in mixtures:
         assert type(layer.router).__name__ == "BatchwiseRouter"
         assert layer.capacity_factor == 1.5 and layer.experts.recompute
-    none = make(
-        name,
-        importance_weight=0.0,
-        load_weight=0.0,
-        **({"gating": "noisy_top_k"}),
-    )
+    none = make(name, moe={"importance_weight": 0.0, "load_weight": 0.0})
     none(batch(), training=True)
     assert float(sum(none.losses, 0.0)) == 0
 
@@ -181,8 +171,8 @@ def test_settings_reach_every_mixture(name):
 @pytest.mark.slow
 def test_strictly_balanced_experts_of_two_levels_train():
     # The paper's models of one language pair.
-    model = factory.make(
-        "GNMT-MoE-4x4-h", V, gating="batchwise", width=16, seed=1
+    model = factory.make_model(
+        "GNMT-MoE-4x4-h", V, moe={"gating": "batchwise"}, width=16, seed=1
     )
     model.compile(
         "adam",
@@ -207,7 +197,7 @@ def test_strictly_balanced_experts_of_two_levels_train():
 
 @pytest.mark.parametrize("name", ["GNMT-MoE-6", "Transformer-MoE-4"])
 def test_padding_is_not_routed(name):
-    model, inputs = spread(make(name, k=2)), batch()
+    model, inputs = spread(make(name, moe={"k": 2})), batch()
     inputs["tokens"][1, 2:] = 0
     model(inputs)
     assigned = [
@@ -254,9 +244,20 @@ def test_saved_model_computes_the_same(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["GNMT-MoE-6", "Transformer-MoE-4"])
 def test_config_holds_every_argument(name):
-    model = make(name, dropout=0.3, importance_weight=0.2, name="mt")
+    moe = {
+        "num_experts": 3,
+        "k": 2,
+        "hidden_units": 5,
+        "gating": "softmax_top_k",
+        "importance_weight": 0.2,
+        "load_weight": 0.3,
+        "capacity_factor": 1.5,
+        "num_groups": 2,
+        "recompute": True,
+    }
+    model = make(name, dropout=0.3, moe=moe, name="mt")
     config = model.get_config()
-    arguments = {"dropout": 0.3, "importance_weight": 0.2, "seed": 1}
+    arguments = {"dropout": 0.3, "moe": moe, "seed": 1}
     arguments |= {"variant": name, "vocabulary_size": V, "width": 8}
     assert {**arguments, "name": "mt"}.items() <= config.items()
     copy = type(model).from_config(config)

@@ -14,7 +14,12 @@ from tests import process
 VOCABULARY, STEPS = 20, 2
 # Through the trainer: `tests/training/translation_mesh_test.py`.
 CASES = {
-    "GNMT-MoE-4": {"bidirectional": True, "cells": 12, "encoder_layers": 2},
+    "GNMT-MoE-4": {
+        "bidirectional": True,
+        "cells": 12,
+        "encoder_layers": 2,
+        "moe": {"k": 2},
+    },
 }
 
 
@@ -24,7 +29,9 @@ def train(name, scope):
     keras.utils.set_random_seed(0)
     with scope:
         scorer = models.TranslationScorer(
-            factory.make(name, VOCABULARY, width=8, k=2, seed=1, **CASES[name]),
+            factory.make_model(
+                name, VOCABULARY, width=8, seed=1, **CASES[name]
+            ),
             label_smoothing=0.1,
         )
         scorer.build()

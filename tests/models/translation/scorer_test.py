@@ -22,7 +22,7 @@ def make(name, label_smoothing=0.0, jit_compile=False, rate=0.01, **kwargs):
     settings = {"width": 16, "seed": 1, "dropout": 0.0}
     settings |= {**SMALL[name.split("-")[0]], **SMALL.get(name, {}), **kwargs}
     scorer = TranslationScorer(
-        factory.make(name, V, **settings), label_smoothing
+        factory.make_model(name, V, **settings), label_smoothing
     )
     scorer.build()
     scorer.compile_for_words(
@@ -76,7 +76,7 @@ def evaluate(scorer, data):
     ],
 )
 def test_fit_learns_to_copy(name):
-    scorer = make(name, k=2, rate=0.03)
+    scorer = make(name, moe={"k": 2}, rate=0.03)
     x, y, weights = data = copying(8, 5, seed=0)
     before = evaluate(scorer, data)
     logs = scorer.fit(
@@ -119,7 +119,8 @@ def test_loss_is_the_smoothed_mean_and_perplexity_is_not(label_smoothing):
 def test_padding_changes_neither_loss_nor_gradients(name, settings):
     short = copying(4, 6, seed=0)
     keras.utils.set_random_seed(3)
-    scorer = make(name, 0.1, k=2, gating="softmax_top_k", **settings)
+    moe = {"k": 2, "gating": "softmax_top_k"}
+    scorer = make(name, 0.1, moe=moe, **settings)
     variables = [weight.value for weight in scorer.trainable_weights]
 
     @tf.function(reduce_retracing=True)
@@ -154,8 +155,8 @@ def test_xla_trains_alike(name):
     losses = []
     for jit_compile in (False, True):
         keras.utils.set_random_seed(3)
-        settings = {"gating": "softmax_top_k", "k": 2} if "MoE" in name else {}
-        scorer = make(name, 0.1, jit_compile, **settings)
+        moe = {"gating": "softmax_top_k", "k": 2} if "MoE" in name else {}
+        scorer = make(name, 0.1, jit_compile, moe=moe)
         # Not Adam, which makes as much of a gradient of rounding errors.
         scorer.compile_for_words(
             keras.optimizers.SGD(0.5), jit_compile=jit_compile

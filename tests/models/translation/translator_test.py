@@ -17,7 +17,7 @@ def parts():
     lines = [row[side].encode() for row in rows for side in ("en", "de")]
     wordpieces = Wordpieces.learn(lines, 150, ("de", "fr"))
     keras.utils.set_random_seed(0)
-    model = factory.make(
+    model = factory.make_model(
         "Transformer-MoE-4",
         wordpieces.size,
         width=16,

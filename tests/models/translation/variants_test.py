@@ -82,7 +82,7 @@ def test_weights_are_as_many_as_counted(name, number):
     if name.startswith("Transformer") and number:
         sizes |= {"num_heads": 2, "feed_forward": 12, "tie_embeddings": False}
         sizes |= {"encoder_layers": 3, "decoder_layers": 2}
-    model = factory.make(name, 19, **sizes)
+    model = factory.make_model(name, 19, **sizes)
     model.build()
     shapes = [tuple(w.shape) for w in model.trainable_weights]
     want = variants.count(model.variant, 19).parameters
@@ -92,7 +92,7 @@ def test_weights_are_as_many_as_counted(name, number):
 
 @pytest.mark.parametrize("name", ["GNMT-MoE-6", "GNMT-MoE-2x3-h"])
 def test_weights_of_batchwise_gates_are_counted(name):
-    model = factory.make(name, 19, gating="batchwise", **SMALL)
+    model = factory.make_model(name, 19, moe={"gating": "batchwise"}, **SMALL)
     model.build()
     shapes = [tuple(w.shape) for w in model.trainable_weights]
     want = variants.count(model.variant, 19).parameters
@@ -111,6 +111,24 @@ def test_experts_stand_where_the_paper_has_them():
     multi = variants.variant("GNMT-multi-512")
     assert layers.Experts(512, hidden_units=8192, k=2) in multi.layers
     assert variants.variant("GNMT-MoE-2048-h").encoder[2].branching == (32, 64)
+
+
+@pytest.mark.parametrize(
+    "name,num_experts",
+    [
+        ("GNMT-MoE-32", 6),
+        ("GNMT-multi-512", 6),
+        ("GNMT-MoE-4x4-h", 16),
+        ("Transformer-MoE-8", 6),
+    ],
+)
+def test_sizes_of_experts_override_those_of_the_name(name, num_experts):
+    described = variants.variant(
+        name, num_experts=num_experts, k=3, hidden_units=5
+    )
+    for experts in layers.mixtures(described.layers):
+        assert experts.num_experts == num_experts
+        assert experts.k == 3 and experts.hidden_units == 5
 
 
 @pytest.mark.parametrize("every,where", [(None, [1, 3, 5]), (3, [2, 5])])
@@ -142,6 +160,10 @@ def test_every_other_block_of_a_transformer_has_experts(every, where):
         ("GNMT", {"width": 5, "bidirectional": True}, "width=5"),
         ("Transformer", {"width": 12}, "num_heads=8"),
         ("Transformer-MoE-4", {"feed_forward": 9}, "feed_forward=9"),
+        ("Transformer", {"num_experts": 4}, "num_experts=4"),
+        ("GNMT-wide", {"num_experts": 4}, "num_experts=4"),
+        ("GNMT-MoE-4", {"num_experts": 0}, "num_experts=0"),
+        ("GNMT-MoE-4x4-h", {"num_experts": 8}, "16.*num_experts=8"),
     ],
 )
 def test_what_does_not_fit_is_refused(name, settings, message):
@@ -151,7 +173,7 @@ def test_what_does_not_fit_is_refused(name, settings, message):
 
 def test_make_names_the_settings_that_there_are():
     with pytest.raises(ValueError, match="attention_form"):
-        factory.make("GNMT", 9, num_heads=2)
+        factory.make_model("GNMT", 9, num_heads=2)
     with pytest.raises(ValueError, match="num_heads"):
-        factory.make("Transformer", 9, attention_form="sum")
-    assert factory.make("GNMT", 9, num_heads=None, k=None).built is False
+        factory.make_model("Transformer", 9, attention_form="sum")
+    assert factory.make_model("GNMT", 9, num_heads=None).built is False
