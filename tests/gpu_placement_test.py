@@ -7,7 +7,7 @@ import tensorflow as tf
 from moe_tf import xla
 from moe_tf.benchmarks import mesh_text
 from moe_tf.dispatch import plans
-from moe_tf.dispatch import token_groups
+from moe_tf.dispatch import sorting
 from moe_tf.distribute import MeshStrategy
 from moe_tf.layers.softmax import vocabulary_chunks
 from tests import every_router
@@ -130,7 +130,7 @@ PLANS = {
     "rows": lambda expert_TK: plans.plan_rows(expert_TK, 8),
     "blocks": lambda expert_TK: plans.plan_blocks(expert_TK, 8, 5),
     "capacity": lambda expert_TK: plans.plan_capacity(expert_TK, 8, 40),
-    "groups": lambda expert_TK: token_groups.plan(expert_TK[None], 8, 40),
+    "groups": lambda expert_TK: plans.plan_groups(expert_TK[None], 8, 40),
 }
 
 
@@ -152,14 +152,14 @@ def test_no_table_of_a_plan_is_on_the_host(name):
 
 def test_numbers_of_plans_are_wide_on_gpus_alone(monkeypatch):
     expert_TK = tf.constant([[0, 1], [1, 2]])
-    assert plans.as_index(expert_TK).dtype == "int32"
+    assert sorting.as_index(expert_TK).dtype == "int32"
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: [kind])
-    assert plans.as_index(expert_TK).dtype == "int64"
+    assert sorting.as_index(expert_TK).dtype == "int64"
     dtypes = []
 
     @tf.function(jit_compile=True)
     def compiled():
-        dtypes.append(plans.as_index(expert_TK).dtype)
+        dtypes.append(sorting.as_index(expert_TK).dtype)
         return 0
 
     compiled()

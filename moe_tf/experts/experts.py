@@ -1,4 +1,4 @@
-"""The experts: feed-forward networks of one shape, each with own weights."""
+"""The experts: feed-forward networks of one shape with weights of their own."""
 
 import keras
 from keras import ops
@@ -6,7 +6,6 @@ from keras import ops
 from moe_tf import checks
 from moe_tf import xla
 from moe_tf.dispatch import grouped
-from moe_tf.dispatch import plans
 from moe_tf.experts import gpu
 
 
@@ -14,11 +13,11 @@ from moe_tf.experts import gpu
 class Experts(keras.layers.Layer):
     """`num_experts` networks `D -> hidden_units -> D` without biases.
 
-    Each matrix of all experts is one kernel, so that one layout rule shards
-    the experts. Every expert is initialised by itself, with fan-in `D`.
+    The matrices of all experts form one kernel each, so that one layout rule
+    shards the experts. Every expert is initialised by itself, with fan-in `D`.
 
-    Inside XLA on a GPU the products are those of `moe_tf.gpu_experts`, if they
-    can be: see `block_size`. Else TensorFlow's.
+    Inside XLA on a GPU the kernels of `moe_tf.experts.gpu` compute the
+    products where they serve (see `block_size`), elsewhere TensorFlow does.
 
     Args:
         num_experts: int, `E`.
@@ -30,13 +29,13 @@ class Experts(keras.layers.Layer):
             Defaults to `False`.
 
     Call arguments:
-        inputs: float `(S, D)`, slots in the order of `plan`.
-        plan: `plans.Rows`, `Blocks`, `Capacity`, or `Groups`, with which
-            slots have a first axis `G`.
+        inputs: float `(S, D)`, the slots of `plan`, as `plan.dispatch` gives
+            them; `(G, S, D)` with token groups.
+        plan: `moe_tf.dispatch.plan.Plan`.
         training: bool.
 
     Returns:
-        float `(S, D)`; slots that belong to no expert give zeros.
+        Float of the shape of the inputs; slots without a token give zeros.
 
     Reference:
      - [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538), appendix D,
@@ -81,18 +80,18 @@ class Experts(keras.layers.Layer):
         )
 
     def block_size(self, num_tokens, k):
-        """Slots in a block of the plan that the kernels for a GPU work on.
+        """Returns the size of the blocks that the GPU kernels work on.
 
         Args:
-            num_tokens: int, or a tensor where it is not known yet.
+            num_tokens: int, or a scalar where the number is not static.
             k: int, experts of each token, for their mean load.
 
         Returns:
-            An int, or `None` where those kernels are not to be used: outside
-            XLA, on another device, for sizes they do not serve
-            (`gpu_experts.obstacle`), for a number of tokens that is not known
-            when traced, and where the blocks of most experts would be less
-            than half full.
+            An int, slots in a block of the plan, or `None` where the GPU
+            kernels are not to be used: outside XLA, on another device, for
+            sizes that the kernels do not serve (`gpu.obstacle`), for a number
+            of tokens that is not static, and where the blocks of most experts
+            would be less than half full.
         """
         if not isinstance(num_tokens, int) or not self._has_kernels():
             return None
@@ -109,7 +108,7 @@ class Experts(keras.layers.Layer):
         )
 
     def call(self, inputs, plan, training=False):
-        if self._are_for_kernels(inputs, plan):
+        if inputs.shape[0] is not None and self._kernels_serve(plan):
             return gpu.feed_forward(
                 inputs,
                 self.in_EDF.value,
@@ -125,19 +124,18 @@ class Experts(keras.layers.Layer):
         ]
 
         def run(x_SD, *kernels):
-            return grouped.apply(self._expert, x_SD, kernels, plan)
+            return plan.apply(self._expert, x_SD, kernels)
 
         if self.recompute:
             run = grouped.recomputed(run)
         return run(inputs, *kernels)
 
-    def _are_for_kernels(self, x_SD, plan):
-        if not isinstance(plan, plans.Blocks) or not self._has_kernels():
-            return False
-        num_slots, num_blocks = x_SD.shape[0], plan.expert_N.shape[0]
-        if num_slots is None:
-            return False
-        return num_slots == num_blocks * gpu.BLOCK
+    def _kernels_serve(self, plan):
+        # A number of slots that is not static may have a tensor for it.
+        is_static = isinstance(plan.block_size, int)
+        return (
+            is_static and plan.block_size == gpu.BLOCK and self._has_kernels()
+        )
 
     def _expert(self, x_CD, in_DF, out_FD):
         h_CF = self.activation(grouped.matmul(x_CD, in_DF))

@@ -14,8 +14,6 @@ import keras
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.python import xla as tf2xla
 
-from moe_tf.dispatch import plans
-
 # Slots in a block of the plan.
 BLOCK = 128
 
@@ -266,7 +264,7 @@ def _check(x_SD, in_EDF, plan, activation):
     )
     if reason:
         raise ValueError(reason)
-    if not isinstance(plan, plans.Blocks):
+    if plan.block_size is None:
         raise ValueError(
             "`plan` must be `plans.Blocks`. "
             f"Received: plan of {type(plan).__name__}"

@@ -7,17 +7,14 @@ from moe_tf import checks
 from moe_tf import metrics
 from moe_tf import sharding
 from moe_tf import xla
-from moe_tf.dispatch import capacity
-from moe_tf.dispatch import gather
-from moe_tf.dispatch import plans
+from moe_tf.dispatch import choice
 from moe_tf.dispatch import token_groups
-from moe_tf.experts import experts
+from moe_tf.experts.experts import Experts
 from moe_tf.layers import gate_recording
 from moe_tf.routing import registry
 from moe_tf.routing import router
 from moe_tf.routing import two_level
-
-DROP_POLICIES = ("position", "gate_value")
+from moe_tf.types import Tensor
 
 
 @keras.saving.register_keras_serializable(package="moe_tf")
@@ -25,23 +22,30 @@ class SparseMoE(keras.layers.Layer):
     """Sparsely-gated mixture of experts, `y = sum_i G(x)_i E_i(x)`.
 
     A router chooses `k` of `num_experts` feed-forward experts for every
-    token; only those are computed, so the cost follows `k`, and the number
-    of parameters follows `num_experts`.
+    token. Only those are computed, so the cost follows `k`, and the number
+    of parameters follows `num_experts`. A call proceeds as follows:
+
+    1. The router gives each token `k` experts and gate values (`routing/`).
+    2. A plan assigns tokens to slots of their experts, and drops what
+       overflows a capacity; tokens are dispatched to the slots (`dispatch/`).
+       On a mesh an all-to-all takes them to the devices of the experts.
+    3. The experts compute the tokens in their slots (`experts/`).
+    4. The answers come back and are combined, weighted by the gate values.
 
     By default every chosen expert computes every token routed to it, so a
     token's output does not depend on the rest of its batch. With a
     `capacity_factor` each expert takes at most
     `ceil(capacity_factor * k * T / num_experts)` of the batch's `T` unmasked
-    tokens while training; what overflows is left out of the sum and counted.
+    tokens while training. What overflows is left out of the sum and counted.
     Evaluation drops nothing unless `eval_capacity_factor` says so.
 
-    In training the layer adds the router's losses, over the whole batch and
-    already weighted: once for each call, also while its weights are frozen.
-    They and the numbers of `metrics.ExpertBalance`, the router's losses
-    before their weights among these, are taken over unmasked tokens. The
-    numbers show in the logs of `fit` and `evaluate` under the layer's name,
-    so layers of one model need different names; every call counts, those of
-    `predict` too, and `layer.balance` holds the vectors of the last one.
+    In training each call adds the router's losses, already weighted and taken
+    over the whole batch, also while the weights are frozen. The layer's
+    metric, `metrics.ExpertBalance`, counts every call, those of `predict`
+    too, and shows the losses before their weights. Losses and metric leave
+    masked tokens out. The metric's scalars appear in the logs of `fit` and
+    `evaluate` under the layer's name, so layers of one model need different
+    names. `layer.balance` holds the vectors of the last call.
 
     Args:
         num_experts: int, `E`.
@@ -54,8 +58,8 @@ class SparseMoE(keras.layers.Layer):
             `"expert_choice"`, or a `Router`, whose settings are then its own.
             Defaults to `"noisy_top_k"`.
         branching: optional pair of ints `(P, Q)` with `P * Q == num_experts`:
-            the two-level layer of appendix B, `P` groups of `Q` experts, for
-            `"noisy_top_k"` and `"batchwise"`.
+            the two-level layer of appendix B, `P` branches of `Q` experts,
+            for `"noisy_top_k"` and `"batchwise"`.
         activation: name or function inside the experts. Defaults to
             `"relu"`.
         importance_weight: optional float, weight of the importance loss,
@@ -72,36 +76,42 @@ class SparseMoE(keras.layers.Layer):
             `"position"`, those that are earlier in the batch, or
             `"gate_value"`, those with larger gate values. Defaults to
             `"position"`.
-        num_groups: optional int, into how many groups a batch's tokens are
-            cut, by their order; each has a capacity of its own, and experts
-            that choose tokens choose in each. On a mesh a multiple of the
-            axis `batch`, so that each device routes its own tokens; since
-            groups decide what is dropped, results do not depend on the
-            devices. Masked tokens fill the last group up. Defaults to `None`:
-            one, or on a mesh, where nothing depends on it, as many as the
-            axis is long.
+        num_groups: optional int, number of token groups into which a batch
+            is split by order. Each group has a capacity of its own, and
+            experts that choose tokens choose in each. On a mesh the number
+            must be a multiple of the axis `batch`, so that each device routes
+            its own tokens. Groups alone decide what is dropped, so results do
+            not depend on the number of devices. Masked tokens fill up the
+            last group. Defaults to `None`: one group, or on a mesh, where
+            nothing depends on the number, one group a device along `batch`.
         recompute: bool, whether the experts' hidden activations are computed
             again in the backward pass instead of being kept (appendix D).
-            Defaults to `False`. Use it instead of Keras's rematerialization:
-            `keras.RematScope`, which is refused, and `keras.remat` lose the
-            gradients of the losses.
-        jit_compile: `"auto"`, or bool: whether the layer is an XLA program
-            of its own where the `tf.function` around it is not compiled;
-            called eagerly it never is. Without XLA routing alone takes 6 ms
-            on an H100; with it, each new number of tokens is compiled, and
-            noise of the same seed is other noise. On a mesh it never is.
-            Defaults to `"auto"`: on a GPU.
+            Defaults to `False`. Use this instead of Keras's
+            rematerialization: `keras.remat` loses the gradients of the
+            losses, and `keras.RematScope` is refused for the same reason.
+        jit_compile: `"auto"` or bool, whether the layer is compiled by XLA
+            as a program of its own where the `tf.function` around it is not
+            compiled. Eager calls and calls on a mesh are never compiled.
+            Without XLA routing alone takes 6 ms on an H100. With XLA each new
+            number of tokens is compiled anew, and the same seed draws other
+            noise. Defaults to `"auto"`: on a GPU.
         seed: optional int for the gate's noise, where it has any.
 
     Call arguments:
         inputs: float `(..., D)`.
-        mask: optional bool of the leading axes; `False` marks tokens that are
-            not routed, give zeros and count nowhere, whatever they hold.
+        mask: optional bool of the leading axes. Tokens marked `False` are not
+            routed, give zeros and count nowhere, whatever they hold.
         training: bool.
 
     Returns:
         float `(..., D)` of the layer's compute dtype. The router works in
         float32 (float64 under a float64 policy).
+
+    Example:
+
+    >>> layer = moe_tf.SparseMoE(num_experts=8, hidden_units=32, k=2)
+    >>> layer(np.ones((2, 5, 16), "float32")).shape
+    TensorShape([2, 5, 16])
 
     Reference:
      - [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538), section 2,
@@ -130,26 +140,12 @@ class SparseMoE(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        checks.positive("capacity_factor", capacity_factor, none_is_fine=True)
-        checks.positive(
-            "eval_capacity_factor", eval_capacity_factor, none_is_fine=True
-        )
-        if drop_policy not in DROP_POLICIES:
-            raise ValueError(
-                f"`drop_policy` must be one of {', '.join(DROP_POLICIES)}. "
-                f"Received: drop_policy={drop_policy}"
-            )
-        if jit_compile not in ("auto", True, False):
-            raise ValueError(
-                '`jit_compile` must be `"auto"`, `True` or `False`. '
-                f"Received: jit_compile={jit_compile}"
-            )
-        self.jit_compile = jit_compile
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
         self.drop_policy = drop_policy
-        checks.at_least("num_groups", num_groups, 1, none_is_fine=True)
         self.num_groups = num_groups
+        self.jit_compile = jit_compile
+        self._check_settings()
         self._router_config = {
             "gating": gating,
             "branching": branching,
@@ -159,11 +155,11 @@ class SparseMoE(keras.layers.Layer):
             "z_loss_weight": z_loss_weight,
             "seed": seed,
         }
-        self.router = registry.make(
+        self.router = registry.make_router(
             num_experts, dtype=self.dtype_policy, **self._router_config
         )
         self.router.num_groups = num_groups
-        self.experts = experts.Experts(
+        self.experts = Experts(
             num_experts,
             hidden_units,
             activation=activation,
@@ -171,13 +167,29 @@ class SparseMoE(keras.layers.Layer):
             dtype=self.dtype_policy,
             name="experts",
         )
-        numbers = tuple(self.router.loss_weights)
+        scalars = tuple(self.router.loss_weights)
         if self._has_capacity:
-            numbers += ("effective_capacity_factor",)
+            scalars += ("effective_capacity_factor",)
         self.balance = metrics.ExpertBalance(
-            num_experts, numbers, name=self.name
+            num_experts, scalars, name=self.name
         )
         self.supports_masking = True
+
+    def _check_settings(self):
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            checks.positive(name, getattr(self, name), none_is_fine=True)
+        checks.at_least("num_groups", self.num_groups, 1, none_is_fine=True)
+        if self.drop_policy not in choice.DROP_POLICIES:
+            raise ValueError(
+                "`drop_policy` must be one of "
+                f"{', '.join(choice.DROP_POLICIES)}. "
+                f"Received: drop_policy={self.drop_policy}"
+            )
+        if self.jit_compile not in ("auto", True, False):
+            raise ValueError(
+                '`jit_compile` must be `"auto"`, `True` or `False`. '
+                f"Received: jit_compile={self.jit_compile}"
+            )
 
     @property
     def num_experts(self):
@@ -206,7 +218,12 @@ class SparseMoE(keras.layers.Layer):
         )
         self.built = True
 
-    def call(self, inputs, mask=None, training=False):
+    def call(
+        self,
+        inputs: Tensor,
+        mask: Tensor | None = None,
+        training: bool = False,
+    ) -> Tensor:
         shape = ops.shape(inputs)
         inputs = ops.cast(inputs, self.compute_dtype)  # integers too
         # The width that it was built for; a signature may leave it open.
@@ -215,27 +232,31 @@ class SparseMoE(keras.layers.Layer):
         if mask is not None:
             _check_mask(mask, inputs)
             mask_T = ops.reshape(ops.cast(mask, "bool"), (-1,))
-        num_groups = self._groups(training)
-        number = ops.shape(x_TD)[0]
+        num_groups = self._num_token_groups(training)
+        num_tokens = ops.shape(x_TD)[0]
         if num_groups is not None:
-            x_TD, mask_T = token_groups.pad(x_TD, mask_T, num_groups)
+            x_TD, mask_T = token_groups.pad_tokens(x_TD, mask_T, num_groups)
         mixture = self._mixture
         if xla.compiles_part(self.jit_compile, self.experts.in_EDF):
             mixture = xla.compiled(mixture)
-        y_TD, losses, numbers = mixture(x_TD, mask_T, num_groups, training)
+        y_TD, losses, statistics = mixture(x_TD, mask_T, num_groups, training)
         if training:
             for loss in losses:
                 self.add_loss(loss)
-        self.balance.update_state(**numbers)
-        if num_groups is not None and y_TD.shape[0] != number:
-            y_TD = sharding.constrain(y_TD, None, None)[:number]
+        self.balance.update_state(**statistics)
+        if num_groups is not None and y_TD.shape[0] != num_tokens:
+            y_TD = sharding.constrain(y_TD, None, None)[:num_tokens]
         return ops.reshape(y_TD, shape)
 
     def _mixture(self, x_TD, mask_T, num_groups, training):
-        """The outputs, the weighted losses, what `balance` is told.
+        """Routes, dispatches, computes and combines.
 
-        Apart from the noise's seed it changes no state, so that it can be a
-        program of its own.
+        The only state that changes is the seed of the noise, so that this can
+        be a program of its own.
+
+        Returns:
+            The outputs, the weighted losses, and the arguments of
+            `balance.update_state`.
         """
         if mask_T is not None:
             # A masked token may hold anything, NaN included.
@@ -247,98 +268,80 @@ class SparseMoE(keras.layers.Layer):
         weight_TK, expert_TK = routing.gates
         if num_groups is not None:
             x_TD, weight_TK, expert_TK, mask_T = (
-                token_groups.split(tensor, num_groups)
+                token_groups.split_tokens(tensor, num_groups)
                 for tensor in (x_TD, weight_TK, expert_TK, mask_T)
             )
-        plan = self._plan(weight_TK, expert_TK, mask_T, training)
-        x_SD = gather.dispatch(x_TD, plan)
+        plan = self._choose_plan(weight_TK, expert_TK, mask_T, training)
+        x_SD = plan.dispatch(x_TD)
         y_SD = self.experts(x_SD, plan=plan, training=training)
-        y_TD = gather.combine(y_SD, ops.cast(weight_TK, y_SD.dtype), plan)
+        y_TD = plan.combine(y_SD, ops.cast(weight_TK, y_SD.dtype))
         if num_groups is not None:
             y_TD = ops.reshape(y_TD, (-1, y_TD.shape[-1]))
-        numbers = {
+        statistics = {
             "importance_E": routing.importance_E,
             "load_E": routing.load_E,
             "assigned_E": plan.count_E,
-            "dropped_E": plans.dropped(plan),
+            "dropped_E": plan.dropped_E(),
             **routing.losses,
         }
         if self._has_capacity:
-            numbers["effective_capacity_factor"] = plans.effective_capacity(
-                plan
+            statistics["effective_capacity_factor"] = (
+                plan.effective_capacity_factor()
             )
-        return y_TD, self.router.weighted(routing.losses), numbers
+        return y_TD, self.router.weighted(routing.losses), statistics
 
-    def _groups(self, training):
+    def _num_token_groups(self, training):
         """The number of groups, or `None` where there is one and no mesh."""
         axes = sharding.axes()
         if axes is None:
             return None if self.num_groups in (None, 1) else self.num_groups
-        factor = self.capacity_factor if training else self.eval_capacity_factor
-        chooses = (
+        if branching := getattr(self.router, "branching", None):
+            two_level.warn_of_spread_branches(self.name, branching, axes)
+        experts_choose = (
             self.router.max_tokens_per_expert(axes["batch"], training)
             is not None
         )
-        if branching := getattr(self.router, "branching", None):
-            two_level.warn_of_spread_branches(self.name, branching, axes)
-        return token_groups.num_groups(
-            self.name, self.num_groups, axes, factor is not None or chooses
+        return token_groups.check_num_groups(
+            self.name,
+            self.num_groups,
+            axes,
+            required=experts_choose or self._limit(training) is not None,
         )
 
-    def _plan(self, weight_TK, expert_TK, mask_T, training):
-        """A plan of all tokens, or with a first axis `G` of its groups."""
-        expert_TK = plans.as_index(expert_TK)
-        num_tokens = ops.shape(expert_TK)[-2]
-        most = self._max_tokens_per_expert(ops.shape(expert_TK)[:-1], training)
+    def _limit(self, training):
         factor = self.capacity_factor if training else self.eval_capacity_factor
-        slots = limit = priority_TK = None
-        if factor is not None:
-            slots = limit = self._slots(num_tokens, factor)
-            if mask_T is not None:
-                number = ops.sum(ops.cast(mask_T, "int64"), axis=-1)
-                limit = self._slots(number, factor)
-            if self.drop_policy == "gate_value":
-                priority_TK = weight_TK
-        if len(expert_TK.shape) == 3:
-            if slots is None:
-                slots = num_tokens if most is None else most
-            if isinstance(limit, int):
-                limit = ops.full((ops.shape(expert_TK)[0],), limit, "int32")
-            return token_groups.plan(
-                expert_TK, self.num_experts, slots, limit, priority_TK
-            )
-        block_size = self.experts.block_size(
-            num_tokens, self.router.experts_per_token
-        )
-        if block_size is not None:
-            return plans.plan_blocks(
-                expert_TK,
-                self.num_experts,
-                block_size,
-                most,
-                limit,
-                priority_TK,
-            )
         if factor is None:
-            return plans.plan_dropless(expert_TK, self.num_experts, most)
-        return plans.plan_capacity(
-            expert_TK, self.num_experts, slots, limit, priority_TK
+            return None
+        return choice.Limit(
+            factor, self.router.experts_per_token, self.drop_policy
         )
 
-    def _max_tokens_per_expert(self, sizes, training):
-        """The most tokens of any expert, of each group where there are any."""
-        *num_groups, num_tokens = sizes
+    def _choose_plan(self, weight_TK, expert_TK, mask_T, training):
+        *num_groups, num_tokens, _ = ops.shape(expert_TK)
+        block_size = None
+        if not num_groups:
+            block_size = self.experts.block_size(
+                num_tokens, self.router.experts_per_token
+            )
+        return choice.choose_plan(
+            weight_TK,
+            expert_TK,
+            mask_T,
+            self.num_experts,
+            limit=self._limit(training),
+            max_tokens=self._max_tokens(num_groups, num_tokens, training),
+            block_size=block_size,
+        )
+
+    def _max_tokens(self, num_groups, num_tokens, training):
+        """The most tokens of a group that any expert gets, if known."""
         if not num_groups or self.router.chooses_in_groups:
             return self.router.max_tokens_per_expert(num_tokens, training)
-        most = self.router.max_tokens_per_expert(
+        max_tokens = self.router.max_tokens_per_expert(
             num_groups[0] * num_tokens, training
         )
-        return None if most is None else ops.minimum(most, num_tokens)
-
-    def _slots(self, num_tokens, factor):
-        num_assignments = num_tokens * self.router.experts_per_token
-        return capacity.expert_capacity(
-            num_assignments, self.num_experts, factor
+        return (
+            None if max_tokens is None else ops.minimum(max_tokens, num_tokens)
         )
 
     def rematerialized_call(self, layer_call, *args, **kwargs):

@@ -41,7 +41,7 @@ class ExpertChoiceBase(router.Router):
 
     def _take_in_groups(self, score_TE, mask_T):
         score_GTE, mask_GT = (
-            token_groups.split(tensor, self.num_groups)
+            token_groups.split_tokens(tensor, self.num_groups)
             for tensor in (score_TE, mask_T)
         )
         number_G = number_real(mask_GT, ops.shape(score_GTE)[1])

@@ -12,7 +12,7 @@ from keras import ops
 
 from moe_tf import sharding
 from moe_tf import top_k
-from moe_tf.dispatch import plans
+from moe_tf.dispatch import sorting
 
 # Below this the noise is as good as absent; it keeps the quotient in the load
 # estimate finite when Softplus underflows.
@@ -78,7 +78,7 @@ def top_k_and_next(logits_TE, k):
     if narrow or sharding.axes() is not None:
         top = entries(logits_TE, expert)  # on a mesh for its gradient
     # GPUs leave a slice of int32 to the host.
-    return top, ops.cast(plans.as_index(expert)[..., :k], "int32")
+    return top, ops.cast(sorting.as_index(expert)[..., :k], "int32")
 
 
 def entries(x_TE, index_TK):
@@ -105,7 +105,7 @@ def entries(x_TE, index_TK):
 
 def _spread(y_TK, index_TK, size):
     """Zeros `(..., E)` with `y` added at the indices, column by column."""
-    index_TK = plans.as_index(index_TK)
+    index_TK = sorting.as_index(index_TK)
     return sum(
         y_TK[..., j, None]
         * ops.one_hot(index_TK[..., j], size, dtype=y_TK.dtype)
@@ -291,7 +291,7 @@ def sum_by_expert(value, expert, num_experts):
 def _sum_on_mesh(value_TK, expert_TK, num_experts):
     """Sums that each device takes of its own tokens before they are added."""
     further = len(value_TK.shape) - len(expert_TK.shape)
-    expert_TK = plans.as_index(expert_TK)
+    expert_TK = sorting.as_index(expert_TK)
 
     def column(j):
         hot_TE = ops.one_hot(expert_TK[:, j], num_experts, dtype=value_TK.dtype)

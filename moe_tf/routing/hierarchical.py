@@ -5,7 +5,6 @@ import tensorflow as tf
 from keras import ops
 
 from moe_tf import sharding
-from moe_tf.dispatch import gather
 from moe_tf.routing import gating
 from moe_tf.routing import two_level
 
@@ -131,7 +130,7 @@ class HierarchicalRouter(two_level.TwoLevelRouter):
         both_PDQ = ops.concatenate(kernels, axis=-1)
         if sharding.axes() is None:
             both_SQ, plan = two_level.of_chosen(x_TD, group_TK, both_PDQ)
-            both_TKQ = gather.collect(both_SQ, plan)
+            both_TKQ = plan.collect(both_SQ)
         else:
             # Each device has every gate, and no plan without a capacity.
             both_TPQ = two_level.of_all(x_TD, both_PDQ)

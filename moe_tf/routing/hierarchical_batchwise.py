@@ -7,7 +7,6 @@ from keras import ops
 from moe_tf import losses
 from moe_tf import sharding
 from moe_tf import xla
-from moe_tf.dispatch import gather
 from moe_tf.dispatch import token_groups
 from moe_tf.routing import batchwise
 from moe_tf.routing import expert_choice
@@ -159,7 +158,7 @@ class HierarchicalBatchwiseRouter(
             -float("inf"),
         )
         score_GTE, mask_GT = (
-            token_groups.split(tensor, self.num_groups or 1)
+            token_groups.split_tokens(tensor, self.num_groups or 1)
             for tensor in (
                 ops.reshape(score_TPQ, (-1, self.num_experts)),
                 mask_T,
@@ -185,7 +184,7 @@ class HierarchicalBatchwiseRouter(
         )
         # Each group has `number` tokens; XLA reserves slots for `most`.
         slots = most if xla.wants_static_shapes() else number
-        token_S = ops.cast(gather.tokens(plan), "int32")
+        token_S = ops.cast(plan.token_S, "int32")
         token_PC = ops.reshape(
             token_S[: num_groups * slots], (num_groups, slots)
         )

@@ -24,7 +24,7 @@ TWO_LEVEL = {
 }
 
 
-def make(
+def make_router(
     num_experts, gating, branching=None, seed=None, dtype=None, **settings
 ):
     """The router that the arguments of `SparseMoE` ask for."""

@@ -6,9 +6,9 @@ import tensorflow as tf
 
 from moe_tf import checks
 from moe_tf import sharding
-from moe_tf.dispatch import gather
 from moe_tf.dispatch import grouped
 from moe_tf.dispatch import plans
+from moe_tf.dispatch import sorting
 from moe_tf.routing import router
 
 
@@ -59,10 +59,10 @@ def of_chosen(x_TD, group_TK, kernel_PDQ, most=None):
         `(y_SQ, plan)`: the products group by group, and the plan of `plans`
         that says which slot is which token's.
     """
-    group_TK = plans.as_index(group_TK)
+    group_TK = sorting.as_index(group_TK)
     plan = plans.plan_dropless(group_TK, kernel_PDQ.shape[0], most)
-    x_SD = gather.dispatch(x_TD, plan)
-    y_SQ = grouped.apply(grouped.matmul, x_SD, [kernel_PDQ], plan)
+    x_SD = plan.dispatch(x_TD)
+    y_SQ = plan.apply(grouped.matmul, x_SD, [kernel_PDQ])
     return y_SQ, plan
 
 

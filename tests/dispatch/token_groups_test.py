@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from moe_tf.dispatch import gather
 from moe_tf.dispatch import plans
-from moe_tf.dispatch import token_groups
 from moe_tf.routing import gating
 from tests import every_router
 
@@ -22,13 +20,13 @@ def test_a_plan_is_that_of_each_group(slots, by_value):
     weight_GTK = rng.random((3, 10, 2))
     limit_G = np.minimum([slots, 2, 1], slots).astype("int32")
     priority = weight_GTK if by_value else None
-    plan = token_groups.plan(expert_GTK, 5, slots, limit_G, priority)
+    plan = plans.plan_groups(expert_GTK, 5, slots, limit_G, priority)
     x_GTD, y_GSD = (
         rng.normal(size=(3, 10, 4)),
         rng.normal(size=(3, 5 * slots, 4)),
     )
-    dispatched = gather.dispatch(x_GTD, plan)
-    combined = gather.combine(y_GSD, weight_GTK, plan)
+    dispatched = plan.dispatch(x_GTD)
+    combined = plan.combine(y_GSD, weight_GTK)
     dropped_E = 0
     for g in range(3):
         one = plans.plan_capacity(
@@ -38,17 +36,15 @@ def test_a_plan_is_that_of_each_group(slots, by_value):
             limit_G[g],
             weight_GTK[g] if by_value else None,
         )
-        np.testing.assert_array_equal(plan.assignment_GS[g], one.assignment_S)
-        np.testing.assert_array_equal(plan.slot_GTK[g], one.slot_TK)
-        np.testing.assert_array_equal(
-            dispatched[g], gather.dispatch(x_GTD[g], one)
-        )
+        np.testing.assert_array_equal(plan.assignment_S[g], one.assignment_S)
+        np.testing.assert_array_equal(plan.slot_TK[g], one.slot_TK)
+        np.testing.assert_array_equal(dispatched[g], one.dispatch(x_GTD[g]))
         np.testing.assert_allclose(
-            combined[g], gather.combine(y_GSD[g], weight_GTK[g], one)
+            combined[g], one.combine(y_GSD[g], weight_GTK[g])
         )
-        dropped_E += plans.dropped(one)
-    np.testing.assert_array_equal(plans.dropped(plan), dropped_E)
-    assert float(plans.effective_capacity(plan)) == pytest.approx(
+        dropped_E += one.dropped_E()
+    np.testing.assert_array_equal(plan.dropped_E(), dropped_E)
+    assert float(plan.effective_capacity_factor()) == pytest.approx(
         limit_G.sum() * 5 / np.sum(expert_GTK < 5)
     )
 

@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from moe_tf.dispatch import gather
 from moe_tf.dispatch import grouped
 from moe_tf.dispatch import plans
 from moe_tf.experts import experts
@@ -59,8 +58,8 @@ def test_all_plans_give_the_same(num_experts, k, num_tokens):
     for plan in every:
         with tf.GradientTape() as tape:
             tape.watch(x_TD)
-            y_SD = layer(gather.dispatch(x_TD, plan), plan=plan)
-            y_TD = gather.combine(y_SD, tf.constant(weight_TK), plan)
+            y_SD = layer(plan.dispatch(x_TD), plan=plan)
+            y_TD = plan.combine(y_SD, tf.constant(weight_TK))
             loss = tf.reduce_sum(tf.sin(y_TD))
         gradients = tape.gradient(loss, [x_TD, *variables])
         results.append([y_TD, *map(tf.convert_to_tensor, gradients)])
@@ -83,7 +82,7 @@ def test_work_follows_the_assignments_and_not_the_experts(num_experts):
         [rng.permutation(num_experts)[:2] for _ in range(64)]
     ).astype("int32")
     plan = plans.plan_rows(expert_TK, num_experts)
-    layer(gather.dispatch(tf.ones((64, 8)), plan), plan=plan)
+    layer(plan.dispatch(tf.ones((64, 8))), plan=plan)
     assert sum(rows) == 64 * 2
 
 
@@ -107,8 +106,8 @@ def test_very_many_experts_run_in_a_loop(masked, recompute, graph, monkeypatch):
         plan = plans.plan_rows(expert_TK, 7)
         with tf.GradientTape() as tape:
             tape.watch(x_TD)
-            y_SD = layer(gather.dispatch(x_TD, plan), plan=plan)
-            y_TD = gather.combine(y_SD, weight_TK, plan)
+            y_SD = layer(plan.dispatch(x_TD), plan=plan)
+            y_TD = plan.combine(y_SD, weight_TK)
             loss = tf.reduce_sum(tf.sin(y_TD))
         gradients = tape.gradient(loss, [x_TD, *variables])
         return [y_TD, *map(tf.convert_to_tensor, gradients)]

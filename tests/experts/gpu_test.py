@@ -3,7 +3,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from moe_tf.dispatch import gather
 from moe_tf.dispatch import plans
 from moe_tf.experts import gpu
 
@@ -55,9 +54,9 @@ def fused(counts, x_TD, in_EDF, out_EFD, dy_TD, **kwargs):
         with tf.GradientTape() as tape:
             tape.watch((x_TD, in_EDF, out_EFD))
             plan = plans.plan_blocks(expert_TK, len(counts), BLOCK)
-            x_SD = gather.dispatch(x_TD, plan)
+            x_SD = plan.dispatch(x_TD)
             y_SD = gpu.feed_forward(x_SD, in_EDF, out_EFD, plan, **kwargs)
-            y_TD = gather.collect(y_SD, plan)[:, 0]
+            y_TD = plan.collect(y_SD)[:, 0]
         gradients = tape.gradient(
             y_TD, (x_TD, in_EDF, out_EFD), output_gradients=dy_TD
         )
@@ -289,9 +288,9 @@ def test_masked_tokens_have_no_slot():
     @tf.function(jit_compile=True)
     def run(x_TD):
         plan = plans.plan_blocks(tf.constant(expert_TK), 2, BLOCK)
-        x_SD = gather.dispatch(x_TD, plan)
+        x_SD = plan.dispatch(x_TD)
         y_SD = gpu.feed_forward(x_SD, in_EDF, out_EFD, plan, "relu")
-        return gather.collect(y_SD, plan)[:, 0]
+        return plan.collect(y_SD)[:, 0]
 
     got_TD = run(x_TD).numpy()
     x_TD, in_EDF, out_EFD = (v.numpy() for v in (x_TD, in_EDF, out_EFD))
@@ -313,9 +312,9 @@ def test_assignments_over_the_limit_have_no_slot():
         with tf.GradientTape() as tape:
             tape.watch((x_TD, in_EDF, out_EFD))
             plan = plans.plan_blocks(expert_TK, 4, BLOCK, limit=130)
-            x_SD = gather.dispatch(x_TD, plan)
+            x_SD = plan.dispatch(x_TD)
             y_SD = gpu.feed_forward(x_SD, in_EDF, out_EFD, plan, "silu")
-            y_TD = gather.collect(y_SD, plan)[:, 0]
+            y_TD = plan.collect(y_SD)[:, 0]
         gradients = tape.gradient(
             y_TD, (x_TD, in_EDF, out_EFD), output_gradients=dy_TD
         )

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 from hypothesis import strategies as st
 
+from moe_tf.dispatch import choice
 from moe_tf.layers import moe
 from tests.reference import batchwise as reference
 
@@ -196,14 +197,14 @@ def check_drops(case, factor, policy, jit_compile):
 FACTORS = st.sampled_from([0.25, 0.5, 0.75, 1.0, 1.1])
 
 
-@pytest.mark.parametrize("policy", moe.DROP_POLICIES)
+@pytest.mark.parametrize("policy", choice.DROP_POLICIES)
 @few
 @hypothesis.given(case=cases(least_tokens=3), factor=FACTORS)
 def test_what_drops_is_what_the_policy_says(policy, case, factor):
     check_drops(case, factor, policy, jit_compile=None)
 
 
-@pytest.mark.parametrize("policy", moe.DROP_POLICIES)
+@pytest.mark.parametrize("policy", choice.DROP_POLICIES)
 @pytest.mark.parametrize("case", COMPILED, ids=repr)
 def test_what_drops_under_xla_is_what_the_policy_says(policy, case):
     check_drops(case, 0.5, policy, jit_compile=True)
@@ -215,7 +216,7 @@ def test_the_two_policies_differ():
     case = Case(2, 2, np.ones(2, bool), 0)
     case.x_TD = np.array([[0.1, 0.0, 0.0], [2.0, 0.0, 0.0]])
     outputs = {}
-    for policy in moe.DROP_POLICIES:
+    for policy in choice.DROP_POLICIES:
         layer = case.layer(capacity_factor=0.5, drop_policy=policy)
         layer.router.gate_DE.assign(np.eye(3, 2))
         keep_TE, dropped_E, limit = kept_assignments(

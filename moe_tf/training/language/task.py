@@ -54,7 +54,7 @@ class LanguageModelTask(Task):
         model = self.config.model
         mixtures = layer_specs.mixtures(self.variant().layers)
         for layer in mixtures:
-            registry.make(
+            registry.make_router(
                 layer.num_experts,
                 layer.gating,
                 k=layer.k,

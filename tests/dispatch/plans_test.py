@@ -5,7 +5,6 @@ import tensorflow as tf
 from hypothesis import strategies as st
 
 from moe_tf.dispatch import capacity
-from moe_tf.dispatch import gather
 from moe_tf.dispatch import plans
 
 
@@ -69,7 +68,7 @@ def test_every_kept_assignment_is_computed_once_by_its_expert(
     keep_TK = kept(expert_TK, num_experts, limit)
 
     x_TD = np.arange(1.0, num_tokens + 1)[:, None] * np.array([[1.0, 10.0]])
-    x_SD = gather.dispatch(tf.constant(x_TD), plan).numpy()
+    x_SD = plan.dispatch(tf.constant(x_TD)).numpy()
     slot_TK = np.asarray(plan.slot_TK)
     used = []
     for t, j in zip(*np.nonzero(keep_TK), strict=True):
@@ -93,7 +92,7 @@ def test_every_kept_assignment_is_computed_once_by_its_expert(
     real_TK = expert_TK < num_experts
     lost = expert_TK[real_TK & ~keep_TK]
     np.testing.assert_array_equal(
-        plans.dropped(plan),
+        plan.dropped_E(),
         np.bincount(lost, minlength=num_experts)
         if way != "rows"
         else np.zeros(num_experts),
@@ -114,9 +113,9 @@ def test_combine_of_dispatch_and_its_gradients(way, routing, size):
     weight_TK = tf.constant(rng.normal(size=expert_TK.shape))
 
     def double(x_TD, weight_TK):
-        x_SD = gather.dispatch(x_TD, plan)
+        x_SD = plan.dispatch(x_TD)
         # Masked tokens come with zero weights.
-        return gather.combine(x_SD * x_SD, weight_TK * real_TK, plan)
+        return plan.combine(x_SD * x_SD, weight_TK * real_TK)
 
     want_T = (weight_TK.numpy() * keep_TK).sum(-1, keepdims=True)
     np.testing.assert_allclose(
@@ -136,8 +135,8 @@ def test_gradients_scatter_no_activation(way):
         plan = plan_of(way, expert_TK, num_experts=3, size=2)
         with tf.GradientTape() as tape:
             tape.watch([x_TD, weight_TK])
-            y_SD = gather.dispatch(x_TD, plan)
-            y_TD = gather.combine(y_SD * y_SD, weight_TK, plan)
+            y_SD = plan.dispatch(x_TD)
+            y_TD = plan.combine(y_SD * y_SD, weight_TK)
         # As tensors: of a gather TensorFlow gives slices, scattered later.
         return [
             tf.convert_to_tensor(gradient)
