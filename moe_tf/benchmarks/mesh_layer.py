@@ -14,6 +14,8 @@ from moe_tf.dispatch import capacity
 from moe_tf.distribute import MeshStrategy
 from moe_tf.distribute import collectives
 
+# 2 kernels, 3 products each (forward and two gradients), 2 a multiply-add.
+_TFLOP = 2 * 3 * 2 / 1e12
 _LINK_MIB = 512  # A device's part of the large all-to-all.
 
 
@@ -50,26 +52,25 @@ def measure_layer(
     strategy = MeshStrategy(axes, device_type=device_type) if axes else None
     size = axes["batch"] if axes else 1
     mesh_timing.reset_keras(dtype)
-    with strategy.scope() if strategy else contextlib.nullcontext():
-        layer = layers.SparseMoE(
-            experts * size,
-            hidden,
-            k,
-            capacity_factor=capacity_factor,
-            num_groups=size,
-            jit_compile=jit_compile,
-        )
-        layer.build((None, width))
+    layer = _build(
+        strategy,
+        width,
+        num_experts=experts * size,
+        hidden_units=hidden,
+        k=k,
+        capacity_factor=capacity_factor,
+        num_groups=size,
+        jit_compile=jit_compile,
+    )
     step, ops = _traced(layer, strategy, (tokens * size, width), dtype)
     wait = mesh_timing.wait_for_mesh if strategy else timing.wait
     seconds = timing.medians({"step": step}, repeats, calls, wait)["step"]
-    flops = 3 * 2 * 2 * tokens * k * width * hidden
     yield {
         "mesh": str(axes) if axes else f"none, jit_compile={jit_compile}",
         "experts": experts * size,
         "tokens": tokens * size,
         "ms": 1e3 * seconds,
-        "TFLOP/s a device": flops / seconds / 1e12,
+        "TFLOP/s a device": _TFLOP * tokens * k * width * hidden / seconds,
         "dropped": float(_dropped(layer)),
         **mesh_timing.collective_fields(ops),
         **mesh_timing.memory_fields(device_type, size),
@@ -83,6 +84,13 @@ def measure_layer(
             strategy, shape, dtype, repeats, seconds
         )
         yield _large_all_to_alls(strategy, link_mib, repeats)
+
+
+def _build(strategy, width, **settings):
+    with strategy.scope() if strategy else contextlib.nullcontext():
+        layer = layers.SparseMoE(**settings)
+        layer.build((None, width))
+    return layer
 
 
 def _large_all_to_alls(strategy, link_mib, repeats):

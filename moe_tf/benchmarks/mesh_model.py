@@ -65,9 +65,7 @@ def measure_model(
             experts, groups, width, vocabulary, sampled, jit_compile
         )
     data = _data(words // length, length, vocabulary)
-    start = time.perf_counter()
-    ops = collectives.list_collectives(_fit, scorer, data, 1)
-    first = time.perf_counter() - start
+    ops, first = _first_step(scorer, data)
     seconds = statistics.median(_fit(scorer, data, steps + 2)[2:])
     variant = scorer.language_model.variant
     multiplied = variants.count(variant).ops_per_timestep
@@ -94,6 +92,13 @@ def measure_model(
             strategy, shape, dtype, steps, seconds
         )
         yield {"scaling": scaling, **record}
+
+
+def _first_step(scorer, data):
+    """Takes a step; returns its collectives and seconds."""
+    start = time.perf_counter()
+    ops = collectives.list_collectives(_fit, scorer, data, 1)
+    return ops, time.perf_counter() - start
 
 
 def _build(experts, groups, width, vocabulary, sampled, jit_compile):
