@@ -1,5 +1,7 @@
 """Groups of tokens on one device: each is a batch by itself."""
 
+import typing
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -49,50 +51,56 @@ def test_a_plan_is_that_of_each_group(slots, by_value):
     )
 
 
+class Results(typing.NamedTuple):
+    """What a layer gives for some tokens, and the gradients of its outputs."""
+
+    outputs: np.ndarray
+    dinputs: np.ndarray
+    dvariables: list
+    assigned: np.ndarray
+    dropped: np.ndarray
+
+
+def run_layer(name, x_TD, mask_T, **settings):
+    layer = every_router.layer(name, quiet=True, **settings)
+    with tf.GradientTape() as tape:
+        tape.watch(x_TD)
+        y_TD = layer(x_TD, mask=mask_T, training=True)
+        loss = tf.reduce_sum(tf.sin(y_TD))  # the losses are of the batch
+    variables = [v.value for v in layer.trainable_variables]
+    dx_TD, *gradients = tape.gradient(
+        loss, [x_TD, *variables], unconnected_gradients="zero"
+    )
+    return Results(
+        y_TD.numpy(),
+        dx_TD.numpy(),
+        [tf.convert_to_tensor(gradient).numpy() for gradient in gradients],
+        np.array(layer.balance.assigned_E),
+        np.array(layer.balance.dropped_E),
+    )
+
+
 @EVERY
 @pytest.mark.parametrize("capacity_factor", [None, 0.75])
 def test_a_layer_routes_each_group_by_itself(name, capacity_factor):
-    def results(num_groups, x_TD, mask_T):
-        layer = every_router.layer(
-            name,
-            quiet=True,
-            capacity_factor=capacity_factor,
-            num_groups=num_groups,
-        )
-        with tf.GradientTape() as tape:
-            tape.watch(x_TD)
-            y_TD = layer(x_TD, mask=mask_T, training=True)
-            loss = tf.reduce_sum(tf.sin(y_TD))  # the losses are of the batch
-        variables = [v.value for v in layer.trainable_variables]
-        gradients = tape.gradient(
-            loss, [x_TD, *variables], unconnected_gradients="zero"
-        )
-        vectors = layer.balance.assigned_E, layer.balance.dropped_E
-        return y_TD, gradients, [np.array(vector) for vector in vectors]
-
     x_TD = tf.constant(every_router.tokens(24))
     mask_T = tf.constant(np.arange(24) % 7 > 0)
-    y_TD, (dx_TD, *gradients), vectors = results(3, x_TD, mask_T)
+    settings = {"capacity_factor": capacity_factor}
+    got = run_layer(name, x_TD, mask_T, num_groups=3, **settings)
     parts = [
-        results(None, x_TD[i : i + 8], mask_T[i : i + 8]) for i in (0, 8, 16)
+        run_layer(name, x_TD[i : i + 8], mask_T[i : i + 8], **settings)
+        for i in (0, 8, 16)
     ]
-    want_y = tf.concat([part[0] for part in parts], 0)
-    want_dx = tf.concat([part[1][0] for part in parts], 0)
-    want = [
-        sum(map(tf.convert_to_tensor, ones))
-        for ones in zip(*(part[1][1:] for part in parts), strict=True)
-    ]
-    want_vectors = [
-        sum(ones) for ones in zip(*(p[2] for p in parts), strict=True)
-    ]
-    np.testing.assert_allclose(y_TD, want_y, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(dx_TD, want_dx, rtol=1e-9, atol=1e-12)
-    for got, one in zip(gradients, want, strict=True):
-        np.testing.assert_allclose(
-            tf.convert_to_tensor(got), one, rtol=1e-9, atol=1e-12
-        )
-    for got, one in zip(vectors, want_vectors, strict=True):
-        np.testing.assert_array_equal(got, one)
+    close = {"rtol": 1e-9, "atol": 1e-12}
+    for field in ("outputs", "dinputs"):
+        want = np.concatenate([getattr(part, field) for part in parts])
+        np.testing.assert_allclose(getattr(got, field), want, **close)
+    wants = zip(*(part.dvariables for part in parts), strict=True)
+    for gradient, want in zip(got.dvariables, wants, strict=True):
+        np.testing.assert_allclose(gradient, sum(want), **close)
+    for field in ("assigned", "dropped"):
+        want = sum(getattr(part, field) for part in parts)
+        np.testing.assert_array_equal(getattr(got, field), want)
 
 
 @EVERY
