@@ -2,22 +2,23 @@
 
     moe-tf-launch --num_processes=2 -- moe-tf-lm --config=... --workdir=...
 
-Each process learns its place from `TF_CONFIG`, as a cluster of machines tells
-it: the addresses of all, and its own number. Of process 0, output is passed
-through as it is, and input too unless that is a terminal. What the others
-print, to stdout or stderr, goes to stderr with `[1] ` before each line.
+Each process gets its place in the cluster through `TF_CONFIG`, as on several
+machines: the addresses of all processes, and its own index. The output of
+process 0 is passed through unchanged, and so is its input unless that is a
+terminal. The output of the other processes goes to stderr, each line after the
+process's index, such as `[1] `.
 
-When a process fails, the others are told to end (SIGTERM), and `moe-tf-launch`
-ends with the exit code of the first that failed: 128 + n for signal n. One
-that ends with 0 leaves the others running. SIGINT (Ctrl-C), SIGTERM and SIGHUP
-are passed on to all. Whoever still runs `--grace_seconds` after being told to
-end, or at the next signal, is killed (SIGKILL), and so is whatever a process
-that ended has left running in its process group. On Linux the processes die
-with the launcher even if it is killed; what they started themselves may not.
+When a process fails, the others get SIGTERM, and `moe-tf-launch` ends with the
+exit code of the first failure (128 + n for signal n). A process that ends with
+0 leaves the others running. SIGINT (Ctrl-C), SIGTERM and SIGHUP are passed on
+to all processes. A process that still runs `--grace_seconds` after its signal,
+or at the next signal, is killed (SIGKILL). So are processes that an ended
+process has left in its process group. On Linux the processes die with the
+launcher even if the launcher is killed; processes that they started may not.
 
-Ports are found by trying. Should another program take one before the process
-does, that process fails to start its server and all end: run it again, or
-choose the ports with `--port`.
+Free ports are found by trying. If another program takes a port before the
+process does, that process cannot start its server, and all processes end. Run
+the command again then, or choose the ports with `--port`.
 """
 
 import contextlib
@@ -32,6 +33,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 
 from absl import app
 from absl import flags
@@ -42,46 +44,49 @@ _NUM_PROCESSES = flags.DEFINE_integer(
 _DEVICES_PER_PROCESS = flags.DEFINE_integer(
     "devices_per_process",
     None,
-    "Devices of a process, told in MOE_TF_DEVICES_PER_PROCESS. Each gets as "
-    "many GPUs of its own, by CUDA_VISIBLE_DEVICES unless that names none; "
-    "without GPUs the devices are virtual CPUs.",
+    "Devices of a process, passed on as MOE_TF_DEVICES_PER_PROCESS. Each "
+    "process gets so many GPUs of its own through CUDA_VISIBLE_DEVICES, unless "
+    "that is set to none. Without GPUs the devices are virtual CPUs.",
     1,
 )
 _PORT = flags.DEFINE_integer(
-    "port", 0, "Port of process 0, others follow; 0: any free ones.", 0
+    "port", 0, "Port of process 0; the others follow. 0: any free ports.", 0
 )
 _GRACE_SECONDS = flags.DEFINE_float(
-    "grace_seconds", 30.0, "From being told to end until being killed.", 0
+    "grace_seconds", 30.0, "Seconds from a signal to end until SIGKILL.", 0
 )
 
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Some, as `timeout`, signal a process and then its group: that is one signal.
+# `timeout` and others signal a process and then its group: one signal.
 _ONE_SIGNAL_SECONDS = 1.0
-# Below the range from which systems take ports for outgoing connections. A
-# client of a port inside it may be given that very port, and block the server.
+# Below the range of ports for outgoing connections. In that range a client that
+# connects to a port may be given that very port, which blocks the server.
 _ANY_PORT = range(10_000, 32_768)
 _LONGEST_LINE = 2**16
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def free_ports(number, first=0):
-    """`number` ports that nobody listens on: `first` and those after it.
+def free_ports(count: int, first: int = 0) -> list[int]:
+    """Finds ports on which no program listens.
 
-    With `first=0` any. Raises `ValueError` when a given one is in use.
+    Args:
+        count: int, the number of ports.
+        first: int, the first of consecutive ports; 0 for any free ports.
+
+    Raises:
+        ValueError: a given port is in use, or too few ports are free.
     """
-    if first + number - 1 > 65_535:
-        raise ValueError(
-            f"--port={first} leaves no {number} ports up to 65535."
-        )
-    candidates = range(first, first + number)
+    if first + count - 1 > 65_535:
+        raise ValueError(f"--port={first} leaves no {count} ports up to 65535.")
+    candidates = range(first, first + count)
     if not first:
         candidates = random.sample(_ANY_PORT, len(_ANY_PORT))
     ports = []
     for port in candidates:
-        if len(ports) == number:
+        if len(ports) == count:
             break
-        # As a server binds it: on all interfaces, whatever old connections.
+        # As a server binds: on all interfaces, in spite of old connections.
         with socket.socket() as server:
             server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -94,33 +99,47 @@ def free_ports(number, first=0):
                     ) from None
             else:
                 ports.append(port)
-    if len(ports) < number:
-        raise ValueError(f"Fewer than {number} ports are free.")
+    if len(ports) < count:
+        raise ValueError(f"Fewer than {count} ports are free.")
     return ports
 
 
-def own_gpus(index, num_processes, number, visible):
-    """`CUDA_VISIBLE_DEVICES` of process `index`, `number` for each.
+def own_gpus(
+    index: int, num_processes: int, per_process: int, visible: str | None
+) -> str:
+    """Returns the value of `CUDA_VISIBLE_DEVICES` for a process.
 
     Args:
-        visible: the variable's value, `None` where it is not set.
+        index: int, index of the process.
+        num_processes: int
+        per_process: int, GPUs of each process.
+        visible: the launcher's value of the variable; None if it is not set.
+
+    Raises:
+        ValueError: `visible` names too few GPUs.
     """
+    first, end = index * per_process, (index + 1) * per_process
     if visible is None:  # All GPUs; harmless where there are none.
-        return ",".join(map(str, range(index * number, (index + 1) * number)))
+        return ",".join(map(str, range(first, end)))
     names = [name.strip() for name in visible.split(",")]
     if names[0] in ("", "-1"):  # None, by choice.
         return visible
-    if len(names) < num_processes * number:
+    if len(names) < num_processes * per_process:
         raise ValueError(
-            f"{num_processes} processes with --devices_per_process={number} "
-            f"need {num_processes * number} GPUs. "
+            f"{num_processes} processes with "
+            f"--devices_per_process={per_process} need "
+            f"{num_processes * per_process} GPUs. "
             f"Received: CUDA_VISIBLE_DEVICES={visible}"
         )
-    return ",".join(names[index * number : (index + 1) * number])
+    return ",".join(names[first:end])
 
 
-def environments(ports, devices_per_process, environment):
-    """`environment` with the place in the cluster, for each process."""
+def environments(
+    ports: list[int],
+    devices_per_process: int | None,
+    environment: Mapping[str, str],
+) -> list[dict[str, str]]:
+    """Returns each process's environment, with its place in the cluster."""
     cluster = {"worker": [f"localhost:{port}" for port in ports]}
     places = []
     for index in range(len(ports)):
@@ -144,28 +163,28 @@ def _write(data):
             data = data[os.write(sys.stderr.fileno(), data) :]
 
 
-def _say(message):
+def _print(message):
     _write(f"moe-tf-launch: {message}\n".encode())
 
 
-def _signal_name(number):
+def _signal_name(signum):
     try:
-        return signal.Signals(number).name
+        return signal.Signals(signum).name
     except ValueError:  # Of the real-time signals only two have names.
-        return f"signal {number}"
+        return f"signal {signum}"
 
 
 class _Relay:
-    """Prints what comes through `pipe`, each line after `prefix`."""
+    """Prints the output that arrives through a pipe, after a prefix a line."""
 
     def __init__(self, pipe, prefix):
         os.set_blocking(pipe.fileno(), False)
         self.pipe = pipe
         self._prefix = prefix.encode()
-        self._begun = b""  # a line whose end has not come yet
+        self._begun = b""  # A line that has not ended yet.
 
     def read(self):
-        """Prints the lines that are there; what came, `None` if nothing."""
+        """Prints complete lines; returns the bytes read, None if none came."""
         try:
             chunk = os.read(self.pipe.fileno(), _LONGEST_LINE)
         except BlockingIOError:
@@ -177,7 +196,7 @@ class _Relay:
         return chunk
 
     def close(self):
-        """Prints what is left, without waiting for more."""
+        """Prints the remaining output without waiting for more."""
         while self.read():
             pass
         self._end_line()
@@ -189,7 +208,7 @@ class _Relay:
             self._begun = b""
 
     def _print(self, lines):
-        # A progress bar that writes over itself is shown as it ended.
+        # Of a progress bar that overwrites itself, print the last state.
         shown = (line.rstrip(b"\r").rpartition(b"\r")[2] for line in lines)
         _write(b"".join(self._prefix + line + b"\n" for line in shown))
 
@@ -197,8 +216,8 @@ class _Relay:
 class _Processes:
     """Processes that end together, watched by one thread.
 
-    One, since a program with more may not run Python code between fork and
-    exec: signals, and the news that a process ended, come through a socket.
+    A program of several threads may not run Python code between fork and
+    exec. So signals, SIGCHLD among them, arrive through a socket.
     """
 
     def __init__(self, grace_seconds):
@@ -206,7 +225,7 @@ class _Processes:
         self._started = []
         self._relays = {}  # by process
         self._exit_code = 0
-        self._told_at = None  # when they were told to end
+        self._signaled_at = None  # Time of the first signal to end.
         self._killed = False
         self._selector = selectors.DefaultSelector()
         self._signals, self._wakeup = socket.socketpair()
@@ -224,19 +243,20 @@ class _Processes:
         signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
 
     def start(self, command, environment):
-        """Starts one more; `OSError` if the command cannot be started."""
+        """Starts a process; raises `OSError` if the command cannot start."""
         first = not self._started
         launcher = os.getpid()
 
         def die_with_launcher():
             _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != launcher:  # It was faster.
+            if os.getppid() != launcher:  # The launcher has died already.
                 os._exit(1)
 
         process = subprocess.Popen(
             command,
             env=environment,
-            # Outside the terminal's group a process that reads is stopped.
+            # The system stops a process that reads a terminal from another
+            # process group.
             stdin=None if first and not os.isatty(0) else subprocess.DEVNULL,
             stdout=None if first else subprocess.PIPE,
             stderr=None if first else subprocess.STDOUT,
@@ -255,7 +275,7 @@ class _Processes:
         self._started.append(process)
 
     def wait(self):
-        """Returns the exit code when all have ended."""
+        """Waits until all processes have ended; returns the exit code."""
         while self._running():
             for key, _ in self._selector.select(self._seconds_left()):
                 key.data()
@@ -272,32 +292,34 @@ class _Processes:
         )
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, _arrives_through_the_socket)
-        for number in _PASSED_ON:
-            # What `nohup` told to ignore stays ignored, by all processes.
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, _arrives_through_the_socket)
+        for signum in _PASSED_ON:
+            # Signals that `nohup` ignores stay ignored by all processes.
+            if signal.getsignal(signum) != signal.SIG_IGN:
+                signal.signal(signum, _arrives_through_the_socket)
 
     def _running(self):
         return [each for each in self._started if each.returncode is None]
 
     def _seconds_left(self):
-        """Until the processes are killed; `None` if they are not to be."""
-        if self._told_at is None or self._killed:
+        """Seconds until the processes are killed; None if they are not."""
+        if self._signaled_at is None or self._killed:
             return None
-        end = self._told_at + self._grace_seconds
+        end = self._signaled_at + self._grace_seconds
         return max(0.0, end - time.monotonic())
 
     def _take_signals(self):
-        for number in self._signals.recv(4096):
-            if number == signal.SIGCHLD:
+        for signum in self._signals.recv(4096):
+            if signum == signal.SIGCHLD:
                 continue
-            if self._told_at is None:
-                _say(f"{_signal_name(number)} is passed on; the next one kills")
-                self._tell(number)
+            if self._signaled_at is None:
+                _print(
+                    f"{_signal_name(signum)} is passed on; the next one kills"
+                )
+                self._signal_end(signum)
             elif self._killed:
                 self._send(signal.SIGKILL)
-            elif time.monotonic() - self._told_at >= _ONE_SIGNAL_SECONDS:
-                self._kill(_signal_name(number))
+            elif time.monotonic() - self._signaled_at >= _ONE_SIGNAL_SECONDS:
+                self._kill(_signal_name(signum))
 
     def _pass_on_output(self, process):
         if self._relays[process].read() == b"":  # The process closed it.
@@ -312,7 +334,7 @@ class _Processes:
         for index, process in enumerate(self._started):
             if process.returncode is not None or process.poll() is None:
                 continue
-            # The number is not given away while its group has members.
+            # The system reuses no process id while its group has members.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             self._close(process)
@@ -326,14 +348,14 @@ class _Processes:
             exit_code = 128 - returncode
             how = f"was ended by {_signal_name(-returncode)}"
         self._exit_code = self._exit_code or exit_code
-        if self._told_at is None:
+        if self._signaled_at is None:
             others = "; ending the others" if self._running() else ""
-            _say(f"process {index} of {len(self._started)} {how}{others}")
-            self._tell(signal.SIGTERM)
+            _print(f"process {index} of {len(self._started)} {how}{others}")
+            self._signal_end(signal.SIGTERM)
 
-    def _tell(self, number):
-        self._told_at = time.monotonic()
-        self._send(number)
+    def _signal_end(self, signum):
+        self._signaled_at = time.monotonic()
+        self._send(signum)
 
     def _kill(self, why):
         self._killed = True
@@ -343,21 +365,21 @@ class _Processes:
             if process.returncode is None
         ]
         if running:
-            _say(f"{why}; killing process {', '.join(running)}")
+            _print(f"{why}; killing process {', '.join(running)}")
             self._send(signal.SIGKILL)
 
-    def _send(self, number):
+    def _send(self, signum):
         for process in self._running():
-            # Until it is waited for, its number belongs to it.
+            # A process keeps its id until it is waited for.
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, number)
+                os.killpg(process.pid, signum)
 
 
-def _arrives_through_the_socket(number, frame):
-    """Without a handler in Python, `set_wakeup_fd` does not tell."""
+def _arrives_through_the_socket(signum, frame):
+    """Empty handler; `set_wakeup_fd` works only for handled signals."""
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
     command = argv[1:]
     if not command:
         raise app.UsageError("No command. It follows the flags, after `--`.")
@@ -380,12 +402,12 @@ def main(argv):
             for environment in own_environments:
                 processes.start(command, environment)
         except OSError as error:  # The exit codes are those of shells.
-            _say(f"cannot start {command[0]!r}: {error.strerror}")
+            _print(f"cannot start {command[0]!r}: {error.strerror}")
             return 127 if isinstance(error, FileNotFoundError) else 126
         return processes.wait()
 
 
-def run():
+def run() -> None:
     """Entry point of the console script `moe-tf-launch`."""
     flags.mark_flag_as_required("num_processes")
     flags.FLAGS.set_gnu_getopt(False)  # The command's flags are its own.

@@ -40,10 +40,10 @@ class ReplicaContext(dtensor_util.DTensorReplicaContext):
         """Replicates a sparse gradient where the optimizer needs all rows.
 
         Most optimizers do more with sparse gradients than add them to dense
-        values. Some divide the rows by dense values and drop rows that became
-        NaN by `tf.where`, which DTensor cannot lay out; so every device gets
-        all rows. Indices are int32, since DTensor gives Keras's scatters a
-        shape in int32 whatever the indices' dtype.
+        values. Where they divide by dense values, Keras keeps the rows that
+        become NaN and finds these by `tf.where`, which DTensor cannot lay
+        out. So every device gets all rows. Indices are int32, since DTensor
+        gives Keras's scatters a shape in int32 whatever the indices' dtype.
         """
         if not isinstance(gradient, tf.IndexedSlices):
             return gradient

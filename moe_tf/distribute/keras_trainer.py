@@ -56,7 +56,7 @@ def _mesh_strategy(model):
 
 
 def _placing_batches(make_function):
-    """Wraps `_make_function`: places batches, and tells errors from the end.
+    """Wraps `_make_function`: places batches; errors do not end the data.
 
     While a step runs, the next batch is placed. With `steps_per_execution`,
     that is the first batch of the next execution.

@@ -50,7 +50,7 @@ class MeshStrategy(tf.distribute.Strategy):
     process reads its own part of every batch (`input_context`, `own_rows`),
     or all read whole batches (`shard_batches`, or arrays given to `fit`). All
     must make the same calls with equally many batches; otherwise, or when a
-    process is lost, they raise `RuntimeError`. `docs/mesh.md` tells more.
+    process is lost, they raise `RuntimeError`. `docs/mesh.md` has details.
 
     Args:
         axes: dict from axis name to size, in the order of the devices, the
