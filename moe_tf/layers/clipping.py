@@ -1,25 +1,34 @@
-"""Evaluation with the drops of training."""
+"""Evaluation in which MoE layers drop tokens, as they do in training."""
 
 import contextlib
+from collections.abc import Iterator
+
+import keras
 
 from moe_tf.layers.moe import SparseMoE
 
 
 @contextlib.contextmanager
-def clipped_evaluation(model):
-    """Within, the layers of `model` drop at inference as they do in training.
+def clipped_evaluation(model: keras.Model) -> Iterator[None]:
+    """Context in which MoE layers drop tokens in evaluation as in training.
 
-    By how much capacity costs, the dropless evaluation beside it tells:
-
-        dropless = model.evaluate(data)
-        with moe_tf.layers.clipped_evaluation(model):
-            clipped = model.evaluate(data)
-
-    Layers without a `capacity_factor` drop nothing here either.
+    Compare with a plain evaluation, which drops nothing, to see what the
+    capacity limit costs. A layer without a `capacity_factor` never drops.
 
     Args:
-        model: the `keras.Model` that is evaluated, with `SparseMoE` layers at
-            any depth.
+        model: compiled `keras.Model` with `SparseMoE` layers at any depth.
+
+    Example:
+
+    >>> moe = moe_tf.SparseMoE(2, hidden_units=4, k=1, capacity_factor=0.5)
+    >>> model = keras.Sequential([keras.Input((3,)), moe])
+    >>> model.compile(loss="mse")
+    >>> x, y = np.ones((4, 3)), np.zeros((4, 3))
+    >>> dropless = model.evaluate(x, y, verbose=0)
+    >>> with moe_tf.layers.clipped_evaluation(model):
+    ...     clipped = model.evaluate(x, y, verbose=0)
+    >>> clipped < dropless  # dropped tokens give zeros
+    True
     """
     layers = [
         layer
@@ -40,5 +49,5 @@ def clipped_evaluation(model):
 
 def _trace_again(model):
     # The factor is read when Keras traces the model.
-    for make in (model.make_test_function, model.make_predict_function):
-        make(force=True)
+    model.make_test_function(force=True)
+    model.make_predict_function(force=True)

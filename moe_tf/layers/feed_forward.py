@@ -1,14 +1,18 @@
-"""A feed-forward net without biases: one expert of the paper, run always."""
+"""A feed-forward net without biases: a dense layer in place of experts."""
+
+from collections.abc import Sequence
 
 import keras
+
+from moe_tf.types import Activation
 
 
 @keras.saving.register_keras_serializable(package="moe_tf")
 class FeedForward(keras.layers.Layer):
     """Hidden layers with an activation, then a linear layer to the input width.
 
-    What stands in for the experts of the baselines MoE-1-Wide (one hidden
-    layer) and MoE-1-Deep (four), appendix C.
+    The replacement of the experts in the paper's baselines MoE-1-Wide (one
+    hidden layer) and MoE-1-Deep (four), appendix C.
 
     Args:
         hidden_units: sequence of ints, widths of the hidden layers.
@@ -22,13 +26,26 @@ class FeedForward(keras.layers.Layer):
         Float `(..., D)`.
 
     Raises:
-        ValueError: if there is no hidden layer or one of no width.
+        ValueError: if `hidden_units` is empty or has a width below 1.
 
     Reference:
      - [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538)
+
+    Example:
+
+    >>> layer = moe_tf.layers.FeedForward([16, 16])
+    >>> tuple(layer(np.ones((2, 3, 8))).shape)
+    (2, 3, 8)
+    >>> layer.count_params()
+    512
     """
 
-    def __init__(self, hidden_units, activation="relu", **kwargs):
+    def __init__(
+        self,
+        hidden_units: Sequence[int],
+        activation: Activation = "relu",
+        **kwargs,
+    ) -> None:
         super().__init__(**kwargs)
         self.hidden_units = tuple(hidden_units)
         if not self.hidden_units or min(self.hidden_units) < 1:

@@ -1,39 +1,50 @@
-"""The gates of a model's `SparseMoE` layers, kept as they are computed."""
+"""Recording of the gates that a model's `SparseMoE` layers compute."""
 
 import contextlib
+from collections.abc import Iterator
 
+import keras
 import numpy as np
 import tensorflow as tf
 
 from moe_tf.routing import gating
 from moe_tf.routing import router
 
-_recordings = []  # those of the `with` blocks that are open
+# One for each open `recorded_gates`: lists of gates by the id of a layer.
+_recordings = []
 
 
 @contextlib.contextmanager
-def recorded_gates(model):
-    """Within, the gates of every eager call of `model` are kept.
+def recorded_gates(
+    model: keras.Model,
+) -> Iterator[dict[str, list[gating.Gates]]]:
+    """Context that records the gates of every eager call of `model`.
 
-        with recorded_gates(model) as gates:
-            model(inputs)
-        weight_TK, expert_TK = gates["moe"][-1]
-
-    Tokens come in the order of the layer's flattened inputs; with
-    `num_groups` masked ones may follow that fill up the last group. Expert
-    `num_experts` is none: that of a masked token, and of one that uses fewer
-    than `K`.
+    Tokens are in the order of the layer's flattened inputs. With `num_groups`
+    masked tokens may follow, which fill up the last group. The expert id
+    `num_experts` stands for no expert: for a masked token, and for a token
+    with fewer than `K` experts.
 
     Args:
         model: `keras.Model` with `SparseMoE` layers at any depth.
 
     Yields:
-        A dictionary that fills up: by the name of a layer, a list with a
-        `gating.Gates` of numpy arrays for each of its calls.
+        Dictionary from the name of a layer to a list of `Gates` of numpy
+        arrays, one for each call of the layer within the context.
 
     Raises:
-        ValueError: the model has no such layer, two have the same name, or
-            one of them is called in a graph, as by `fit` and `predict`.
+        ValueError: the model has no `SparseMoE` layer, two have the same
+            name, or one is called in a graph, as by `fit` and `predict`.
+
+    Example:
+
+    >>> moe = moe_tf.SparseMoE(4, hidden_units=8, k=2, name="moe")
+    >>> model = keras.Sequential([moe])
+    >>> with moe_tf.layers.recorded_gates(model) as gates:
+    ...     _ = model(np.ones((3, 5)))
+    >>> weight_TK, expert_TK = gates["moe"][-1]
+    >>> expert_TK.shape
+    (3, 2)
     """
     layers = [
         layer
@@ -52,12 +63,12 @@ def recorded_gates(model):
     try:
         yield gates
     finally:
-        # By identity: two may be equal.
+        # Compared by identity: two recordings may be equal.
         _recordings[:] = [r for r in _recordings if r is not recording]
 
 
-def record(layer, gates):
-    """Keeps the gates of one call of `layer` where they are recorded."""
+def record(layer: keras.layers.Layer, gates: gating.Gates) -> None:
+    """Adds the gates of one call of `layer` to the open recordings."""
     for recording in _recordings:
         if id(layer) not in recording:
             continue

@@ -1,7 +1,9 @@
-"""Encoder and decoder blocks of a Transformer, normalised before each part.
+"""Encoder and decoder blocks of a Transformer, with pre-normalisation.
 
 Letters: `H` heads, `Q` width of one head.
 """
+
+from collections.abc import Sequence
 
 import keras
 from keras import ops
@@ -9,6 +11,7 @@ from keras import ops
 from moe_tf.layers.attention.multi_head import CrossAttention
 from moe_tf.layers.attention.multi_head import SelfAttention
 from moe_tf.layers.moe import SparseMoE
+from moe_tf.types import Tensor
 
 _EPSILON = 1e-6
 
@@ -20,7 +23,7 @@ def _norm(layer, name):
 
 
 class _Block(keras.layers.Layer):
-    """What both blocks have: the last part and how parts are joined."""
+    """Base class of both blocks: self-attention and a feed-forward net."""
 
     def __init__(self, num_heads, feed_forward, dropout, seed, **kwargs):
         super().__init__(**kwargs)
@@ -43,7 +46,7 @@ class _Block(keras.layers.Layer):
                 layer.build(input_shape)
 
     def _feed_forward(self, x, mask, training):
-        """The last part, for `x (..., D)` and `mask (...)`."""
+        """Applies the feed-forward net to `x (..., D)` with `mask (...)`."""
         y = self.feed_forward_norm(x)
         if isinstance(self.feed_forward, SparseMoE):
             y = self.feed_forward(y, mask=mask, training=training)
@@ -77,24 +80,38 @@ class EncoderBlock(_Block):
 
     Args:
         num_heads: int.
-        feed_forward: layer, `FeedForward` or `SparseMoE`; taken, not copied.
+        feed_forward: layer, such as `FeedForward` or `SparseMoE`, used as it
+            is, not copied.
         dropout: float. Defaults to `0.0`.
         seed: optional int for dropout.
 
     Call arguments:
         inputs: float `(B, S, D)`.
-        bias: float that broadcasts to `(B, H, S, S)`; see
-            `multi_head.mask_bias`.
-        mask: optional bool `(B, S)`, positions to be routed.
+        bias: float that broadcasts to `(B, H, S, S)`: 0 where a position may
+            be seen, -1e9 elsewhere.
+        mask: optional bool `(B, S)`, `True` for tokens to be routed.
         training: bool.
 
     Returns:
         Float `(B, S, D)`.
+
+    Example:
+
+    >>> moe = moe_tf.SparseMoE(4, hidden_units=16, k=2)
+    >>> block = moe_tf.layers.EncoderBlock(num_heads=2, feed_forward=moe)
+    >>> x_BSD = np.ones((2, 3, 8), "float32")
+    >>> tuple(block(x_BSD, bias=np.zeros((1, 1, 3, 3), "float32")).shape)
+    (2, 3, 8)
     """
 
     def __init__(
-        self, num_heads, feed_forward, dropout=0.0, seed=None, **kwargs
-    ):
+        self,
+        num_heads: int,
+        feed_forward: keras.layers.Layer,
+        dropout: float = 0.0,
+        seed: int | None = None,
+        **kwargs,
+    ) -> None:
         super().__init__(num_heads, feed_forward, dropout, seed, **kwargs)
 
     def build(self, input_shape):
@@ -118,26 +135,47 @@ class DecoderBlock(_Block):
 
     Args:
         num_heads: int.
-        feed_forward: layer, `FeedForward` or `SparseMoE`; taken, not copied.
+        feed_forward: layer, such as `FeedForward` or `SparseMoE`, used as it
+            is, not copied.
         dropout: float. Defaults to `0.0`.
         seed: optional int for dropout.
 
     Call arguments:
         inputs: float `(B, L, D)`.
-        keys_and_values: two of `(B, H, S, Q)`, as the method of this name
-            gave them.
-        bias: float that broadcasts to `(B, H, L, L)`.
-        source_bias: float that broadcasts to `(B, H, L, S)`.
-        mask: optional bool `(B, L)`, positions to be routed.
+        keys_and_values: two of float `(B, H, S, Q)`, the result of the method
+            `keys_and_values`.
+        bias: float that broadcasts to `(B, H, L, L)`: 0 where a position may
+            be seen, -1e9 elsewhere.
+        source_bias: float that broadcasts to `(B, H, L, S)`, likewise.
+        mask: optional bool `(B, L)`, `True` for tokens to be routed.
         training: bool.
 
     Returns:
         Float `(B, L, D)`.
+
+    Example:
+
+    >>> net = moe_tf.layers.FeedForward([16])
+    >>> block = moe_tf.layers.DecoderBlock(num_heads=2, feed_forward=net)
+    >>> block.build((2, 3, 8))
+    >>> y_BLD = block(
+    ...     np.ones((2, 3, 8)),
+    ...     block.keys_and_values(np.ones((2, 5, 8))),
+    ...     bias=np.zeros((1, 1, 3, 3)),
+    ...     source_bias=np.zeros((2, 1, 1, 5)),
+    ... )
+    >>> tuple(y_BLD.shape)
+    (2, 3, 8)
     """
 
     def __init__(
-        self, num_heads, feed_forward, dropout=0.0, seed=None, **kwargs
-    ):
+        self,
+        num_heads: int,
+        feed_forward: keras.layers.Layer,
+        dropout: float = 0.0,
+        seed: int | None = None,
+        **kwargs,
+    ) -> None:
         super().__init__(num_heads, feed_forward, dropout, seed, **kwargs)
         self.source_norm = _norm(self, "source_norm")
         self.source_attention = CrossAttention(
@@ -155,8 +193,13 @@ class DecoderBlock(_Block):
         )
         self._build(parts, input_shape)
 
-    def keys_and_values(self, memory_BSD):
-        """The source as this block attends to it, two of `(B, H, S, Q)`."""
+    def keys_and_values(self, memory_BSD: Tensor) -> list[Tensor]:
+        """Projects the encoded source, float `(B, S, D)`.
+
+        Returns:
+            Keys and values of the attention to the source, each float
+            `(B, H, S, Q)`.
+        """
         return self.source_attention.keys_and_values(memory_BSD)
 
     def call(
@@ -176,19 +219,27 @@ class DecoderBlock(_Block):
         x_BLD += self.dropout(y_BLD, training=training)
         return self._feed_forward(x_BLD, mask, training)
 
-    def step(self, x_ND, state, keys_and_values, source_bias, mask_N):
-        """One position, for inference; equals `call` at that position.
+    def step(
+        self,
+        x_ND: Tensor,
+        state: Sequence[Tensor],
+        keys_and_values: Sequence[Tensor],
+        source_bias: Tensor,
+        mask_N: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Computes one position, for inference.
 
         Args:
-            x_ND: float.
-            state: position, int `(N,)`, keys and values of the positions
-                before, float `(N, H, L, Q)`; see `SelfAttention.step`.
+            x_ND: float, input at the position.
+            state: index of the position, int `(N,)`, and the keys and values
+                of earlier positions, float `(N, H, L, Q)`; see
+                `SelfAttention.step`.
             keys_and_values, source_bias: as in the call.
-            mask_N: bool.
+            mask_N: bool, `True` for tokens to be routed.
 
         Returns:
-            Float `(N, D)`, the new keys and values, and the weights on the
-            source, float32 `(N, S)`, the mean over heads.
+            The output, float `(N, D)`, the new keys and values, and the mean
+            over heads of the weights on the source, float32 `(N, S)`.
         """
         y_ND, key_NHLQ, value_NHLQ = self.attention.step(
             self.attention_norm(x_ND), *state

@@ -1,16 +1,19 @@
-"""Attention by a small net instead of a dot product, appendix G."""
+"""Additive attention and its product form, appendix G."""
 
 import keras
 from keras import ops
 
 from moe_tf import checks
 from moe_tf.layers.attention import multi_head
+from moe_tf.types import Tensor
 
 FORMS = ("product", "sum")
 
 
-def product_scores(query_BLA, key_BSA, scale_A):
-    """`sum_d V_d tanh(q_d) tanh(k_d)`, equation 22: one matrix product.
+def product_scores(
+    query_BLA: Tensor, key_BSA: Tensor, scale_A: Tensor
+) -> Tensor:
+    """Computes `sum_d V_d tanh(q_d) tanh(k_d)`, equation 22.
 
     Args:
         query_BLA: float, projected target vectors.
@@ -24,8 +27,8 @@ def product_scores(query_BLA, key_BSA, scale_A):
     return ops.matmul(query_BLA, ops.swapaxes(key_BSA, -1, -2))
 
 
-def sum_scores(query_BLA, key_BSA, scale_A):
-    """`sum_d V_d tanh(q_d + k_d)`, equation 21, which GNMT has.
+def sum_scores(query_BLA: Tensor, key_BSA: Tensor, scale_A: Tensor) -> Tensor:
+    """Computes `sum_d V_d tanh(q_d + k_d)`, equation 21, as GNMT does.
 
     Args:
         query_BLA: float, projected target vectors.
@@ -43,22 +46,23 @@ def sum_scores(query_BLA, key_BSA, scale_A):
 class AdditiveAttention(keras.layers.Layer):
     """Attends from target vectors to source vectors, equations 21 and 22.
 
-    The softmax over source positions is float32 or wider.
+    The softmax over source positions is float32 or a higher precision.
 
     Args:
         units: int, attention width `A`.
-        form: `"product"`, the paper's equation 22, whose scores are one
-            matrix product, or `"sum"`, GNMT's equation 21, which needs
-            `L * S * A` numbers. Defaults to `"product"`.
+        form: `"product"`, the paper's equation 22, or `"sum"`, GNMT's
+            equation 21. The scores of the product are one matrix product;
+            the sum needs a tensor of `L * S * A` entries. Defaults to
+            `"product"`.
 
     Call arguments:
         inputs: float `(B, L, D)`, target vectors.
         values_BSD: float, source vectors.
         key_BSA: float, `keys(values_BSD)`.
-        bias_BS: float32, `multi_head.mask_bias` of the source.
+        bias_BS: float32, 0 where there is a source word, -1e9 in padding.
 
     Returns:
-        The mean of the values by weight, float `(B, L, D)`, and the weights,
+        The weighted mean of the values, float `(B, L, D)`, and the weights,
         float32 `(B, L, S)`.
 
     Raises:
@@ -66,9 +70,23 @@ class AdditiveAttention(keras.layers.Layer):
 
     Reference:
      - [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538), appendix G
+
+    Example:
+
+    >>> attention = moe_tf.layers.AdditiveAttention(units=6)
+    >>> attention.build((2, 3, 8))
+    >>> values_BSD = np.ones((2, 5, 8), "float32")
+    >>> context_BLD, weight_BLS = attention(
+    ...     np.ones((2, 3, 8), "float32"),
+    ...     values_BSD,
+    ...     attention.keys(values_BSD),
+    ...     bias_BS=np.zeros((2, 5), "float32"),
+    ... )
+    >>> tuple(context_BLD.shape), tuple(weight_BLS.shape)
+    ((2, 3, 8), (2, 3, 5))
     """
 
-    def __init__(self, units, form="product", **kwargs):
+    def __init__(self, units: int, form: str = "product", **kwargs) -> None:
         super().__init__(**kwargs)
         checks.at_least("units", units, 1)
         if form not in FORMS:
@@ -85,8 +103,8 @@ class AdditiveAttention(keras.layers.Layer):
         self.query_DA = self.add_weight(shape=shape_DA, name="query_kernel")
         self.scale_A = self.add_weight(shape=(self.units,), name="scale")
 
-    def keys(self, values_BSD):
-        """What scores need of the source: float `(B, S, A)`."""
+    def keys(self, values_BSD: Tensor) -> Tensor:
+        """Projects source vectors, float `(B, S, D)`, to `(B, S, A)`."""
         kernel_DA = ops.cast(self.source_DA, self.compute_dtype)
         key_BSA = ops.matmul(values_BSD, kernel_DA)
         return ops.tanh(key_BSA) if self.form == "product" else key_BSA

@@ -1,4 +1,4 @@
-"""Dot-product attention of many heads, whole sequences or step by step.
+"""Multi-head dot-product attention, for whole sequences or step by step.
 
 Letters: `H` heads, `Q` width of one head, `S` positions attended to.
 """
@@ -9,15 +9,16 @@ import keras
 from keras import ops
 
 from moe_tf import checks
+from moe_tf.types import Tensor
 
-_NEVER = -1e9
+_MASKED = -1e9
 
 
-def mask_bias(mask):
-    """What is added to scores: 0 where `mask` is `True`, else -1e9.
+def mask_bias(mask: Tensor) -> Tensor:
+    """Returns the bias of attention scores: 0 where `mask` is `True`, or -1e9.
 
-    After a softmax the latter is exactly 0; finite, so that a sequence of
-    padding alone gets numbers and no NaN.
+    The softmax of -1e9 is exactly 0. The bias is finite, so that a sequence
+    of padding alone gives no NaN.
 
     Args:
         mask: bool `(...)`.
@@ -25,24 +26,32 @@ def mask_bias(mask):
     Returns:
         Float32 `(...)`.
     """
-    return ops.where(mask, 0.0, _NEVER)
+    return ops.where(mask, 0.0, _MASKED)
 
 
-def causal_bias(length):
-    """`mask_bias` of no position seeing a later one, `(1, 1, L, L)`."""
+def causal_bias(length: int | Tensor) -> Tensor:
+    """Returns the bias that hides later positions, float32 `(1, 1, L, L)`."""
     position_L = ops.arange(length)
     return mask_bias(position_L[None, :] <= position_L[:, None])[None, None]
 
 
-def attention_weights(score, bias):
-    """Softmax over the last axis of `score + bias`, float32 or wider."""
-    wide = keras.backend.result_type(score.dtype, "float32")
-    score = ops.cast(score, wide) + ops.cast(bias, wide)
+def attention_weights(score: Tensor, bias: Tensor) -> Tensor:
+    """Computes the softmax of `score + bias` over the last axis.
+
+    Args:
+        score: float `(..., S)`.
+        bias: float, broadcast to the shape of `score`.
+
+    Returns:
+        Float32 `(..., S)`, or float64 for float64 scores.
+    """
+    dtype = keras.backend.result_type(score.dtype, "float32")
+    score = ops.cast(score, dtype) + ops.cast(bias, dtype)
     return ops.softmax(score, axis=-1)
 
 
-def split_heads(x_BLX, num_parts, num_heads):
-    """Cuts a projection into parts, as queries, keys and values.
+def split_heads(x_BLX: Tensor, num_parts: int, num_heads: int) -> list[Tensor]:
+    """Splits a projection into parts, such as queries, keys and values.
 
     Args:
         x_BLX: float, `X = num_parts * H * Q`.
@@ -58,10 +67,12 @@ def split_heads(x_BLX, num_parts, num_heads):
     return ops.unstack(ops.transpose(x, (2, 0, 3, 1, 4)), num_parts)
 
 
-def attend(query_BHLQ, key_BHSQ, value_BHSQ, bias):
-    """Attention of every head: `softmax(q k^T / sqrt(Q) + bias) v`.
+def attend(
+    query_BHLQ: Tensor, key_BHSQ: Tensor, value_BHSQ: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Computes `softmax(q k^T / sqrt(Q) + bias) v` for every head.
 
-    The softmax is float32 or wider.
+    The softmax is float32 or a higher precision.
 
     Args:
         query_BHLQ, key_BHSQ, value_BHSQ: float.
@@ -83,7 +94,7 @@ def attend(query_BHLQ, key_BHSQ, value_BHSQ, bias):
 
 
 class _Attention(keras.layers.Layer):
-    """Heads without biases; subclasses say what is projected together."""
+    """Base class of multi-head attention without projection biases."""
 
     def __init__(self, num_heads, **kwargs):
         super().__init__(**kwargs)
@@ -106,7 +117,7 @@ class _Attention(keras.layers.Layer):
         )
 
     def _project(self, x, kernel):
-        # `step` runs outside of the call, where Keras casts nothing.
+        # `step` runs outside of `call`, where Keras casts no weights.
         return ops.matmul(x, ops.cast(kernel, self.compute_dtype))
 
     def get_config(self):
@@ -115,14 +126,15 @@ class _Attention(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="moe_tf")
 class SelfAttention(_Attention):
-    """Attention of a sequence to itself, with one product for q, k and v.
+    """Attention of a sequence to itself, with one kernel for q, k and v.
 
     Args:
         num_heads: int, `H`; must divide the width.
 
     Call arguments:
         inputs: float `(B, L, D)`.
-        bias: float that broadcasts to `(B, H, L, L)`, see `mask_bias`.
+        bias: float that broadcasts to `(B, H, L, L)`: 0 where a position may
+            be seen, -1e9 elsewhere.
 
     Returns:
         Float `(B, L, D)`.
@@ -132,6 +144,13 @@ class SelfAttention(_Attention):
 
     Reference:
      - [Vaswani et al., 2017](https://arxiv.org/abs/1706.03762)
+
+    Example:
+
+    >>> attention = moe_tf.layers.SelfAttention(num_heads=2)
+    >>> x_BLD = np.ones((2, 3, 8), "float32")
+    >>> tuple(attention(x_BLD, bias=np.zeros((1, 1, 3, 3))).shape)
+    (2, 3, 8)
     """
 
     def build(self, input_shape):
@@ -145,17 +164,24 @@ class SelfAttention(_Attention):
         y_BLD, _ = attend(*split_heads(projected, 3, self.num_heads), bias)
         return self._project(y_BLD, self.output_DD)
 
-    def step(self, x_ND, position_N, key_NHLQ, value_NHLQ):
-        """Attends from one more position to all so far.
+    def step(
+        self,
+        x_ND: Tensor,
+        position_N: Tensor,
+        key_NHLQ: Tensor,
+        value_NHLQ: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Attends from one position to itself and all earlier positions.
 
         Args:
-            x_ND: float, what stands at the position.
-            position_N: int, positions before it.
-            key_NHLQ, value_NHLQ: those of earlier positions, of `L` at the
-                most.
+            x_ND: float, input at the position.
+            position_N: int, index of the position.
+            key_NHLQ, value_NHLQ: float, keys and values of the earlier
+                positions, in arrays of `L` positions.
 
         Returns:
-            Float `(N, D)`, and the keys and values with the position's.
+            The output, float `(N, D)`, and the keys and values with those of
+            this position written to them.
         """
         projected = self._project(x_ND[:, None, :], self.qkv_kernel)
         query, key, value = split_heads(projected, 3, self.num_heads)
@@ -180,8 +206,9 @@ class CrossAttention(_Attention):
 
     Call arguments:
         inputs: float `(B, L, D)`.
-        key_BHSQ, value_BHSQ: as `keys_and_values` gave them.
-        bias: float that broadcasts to `(B, H, L, S)`, see `mask_bias`.
+        key_BHSQ, value_BHSQ: float, the result of `keys_and_values`.
+        bias: float that broadcasts to `(B, H, L, S)`: 0 where a position may
+            be seen, -1e9 elsewhere.
 
     Returns:
         Float `(B, L, D)`, and the weights, float32 `(B, H, L, S)`.
@@ -191,6 +218,18 @@ class CrossAttention(_Attention):
 
     Reference:
      - [Vaswani et al., 2017](https://arxiv.org/abs/1706.03762)
+
+    Example:
+
+    >>> attention = moe_tf.layers.CrossAttention(num_heads=2)
+    >>> attention.build((2, 3, 8))
+    >>> key_BHSQ, value_BHSQ = attention.keys_and_values(np.ones((2, 5, 8)))
+    >>> bias = np.zeros((2, 1, 1, 5))
+    >>> y_BLD, weight_BHLS = attention(
+    ...     np.ones((2, 3, 8)), key_BHSQ, value_BHSQ, bias
+    ... )
+    >>> tuple(y_BLD.shape), tuple(weight_BHLS.shape)
+    ((2, 3, 8), (2, 2, 3, 5))
     """
 
     def build(self, input_shape):
@@ -200,8 +239,12 @@ class CrossAttention(_Attention):
         self.key_value_kernel = self._add_kernel(width, 2, "key_value_kernel")
         self.output_DD = self._add_kernel(width, 1, "output_kernel")
 
-    def keys_and_values(self, memory_BSD):
-        """Float `(B, S, D)` to two of `(B, H, S, Q)`."""
+    def keys_and_values(self, memory_BSD: Tensor) -> list[Tensor]:
+        """Projects the memory, float `(B, S, D)`.
+
+        Returns:
+            The keys and the values, each float `(B, H, S, Q)`.
+        """
         projected = self._project(memory_BSD, self.key_value_kernel)
         return split_heads(projected, 2, self.num_heads)
 

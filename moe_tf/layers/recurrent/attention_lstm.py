@@ -1,8 +1,10 @@
-"""The bottom layer of the decoder: an LSTM that attends to the source.
+"""An LSTM that attends to the source, the bottom layer of the decoder.
 
 Letters: `H` memory cells, `P` output width, `G` the four gates of all cells,
 4H.
 """
+
+from collections.abc import Sequence
 
 import keras
 import tensorflow as tf
@@ -11,16 +13,18 @@ from keras import ops
 from moe_tf import checks
 from moe_tf import sharding
 from moe_tf.layers.attention.additive import AdditiveAttention
+from moe_tf.layers.recurrent import mesh_scan
 from moe_tf.layers.recurrent import projected_lstm
+from moe_tf.types import Tensor
 
 
 @keras.saving.register_keras_serializable(package="moe_tf")
 class AttentionLSTM(keras.layers.Layer):
-    """A projected LSTM that reads, beside its input, what it attends to.
+    """A projected LSTM whose input includes an attention context.
 
-    At each position the output of the one before is the query; the context
-    that it gets is appended to the input, as in GNMT. The recurrence is that
-    of `ProjectedLSTMCell`, from a zero state.
+    At each position the previous output is the query of the attention, and
+    the context is appended to the input, as in GNMT. The recurrence is that of
+    `ProjectedLSTMCell`, from a zero state.
 
     Args:
         units: int, memory cells `H`.
@@ -31,7 +35,7 @@ class AttentionLSTM(keras.layers.Layer):
         inputs: float `(B, L, D)`.
         values_BSD: float, source vectors.
         key_BSA: float, `attention.keys(values_BSD)`.
-        bias_BS: float32, `multi_head.mask_bias` of the source.
+        bias_BS: float32, 0 where there is a source word, -1e9 in padding.
 
     Returns:
         Float `(B, L, D)`.
@@ -41,9 +45,29 @@ class AttentionLSTM(keras.layers.Layer):
 
     Reference:
      - [Wu et al., 2016](https://arxiv.org/abs/1609.08144)
+
+    Example:
+
+    >>> layer = moe_tf.layers.AttentionLSTM(units=16, attention_units=6)
+    >>> layer.build((2, 3, 8))
+    >>> values_BSD = np.ones((2, 5, 8), "float32")
+    >>> y_BLD = layer(
+    ...     np.ones((2, 3, 8), "float32"),
+    ...     values_BSD,
+    ...     layer.attention.keys(values_BSD),
+    ...     bias_BS=np.zeros((2, 5), "float32"),
+    ... )
+    >>> tuple(y_BLD.shape)
+    (2, 3, 8)
     """
 
-    def __init__(self, units, attention_units, form="product", **kwargs):
+    def __init__(
+        self,
+        units: int,
+        attention_units: int,
+        form: str = "product",
+        **kwargs,
+    ) -> None:
         super().__init__(**kwargs)
         checks.at_least("units", units, 1)
         self.units = units
@@ -81,28 +105,48 @@ class AttentionLSTM(keras.layers.Layer):
             y_LBP = _unrolled(advance, z_LBG, states)
         return ops.transpose(y_LBP, (1, 0, 2))
 
-    def initial_states(self, num_rows):
-        """Output and memory before the first position, of `(N, width)`."""
+    def initial_states(self, num_rows: int | Tensor) -> list[Tensor]:
+        """Returns zeros: the output `(N, P)` and the memory `(N, H)`."""
         sizes = (self.projection_HP.shape[1], self.units)
         return [
             ops.zeros((num_rows, size), dtype=self.compute_dtype)
             for size in sizes
         ]
 
-    def step(self, x_ND, states, values_NSD, key_NSA, bias_NS):
-        """One position: the output, the weights on the source, the states."""
+    def step(
+        self,
+        x_ND: Tensor,
+        states: Sequence[Tensor],
+        values_NSD: Tensor,
+        key_NSA: Tensor,
+        bias_NS: Tensor,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Computes one position.
+
+        Args:
+            x_ND: float, input at the position.
+            states: output and memory of the previous position.
+            values_NSD, key_NSA, bias_NS: the source, as in the call.
+
+        Returns:
+            The output, float `(N, P)`, the weights on the source, float32
+            `(N, S)`, and the next states.
+        """
         advance = self._advance(values_NSD, key_NSA, bias_NS)
         input_DG, _ = self._input_kernels()
         r_NP, c_NH, weight_NS = advance(ops.matmul(x_ND, input_DG), *states)
         return r_NP, weight_NS, [r_NP, c_NH]
 
     def _input_kernels(self):
-        """What the input is multiplied by, and what the context is."""
+        """Returns the kernels of the input and of the context."""
         kernel_IG = ops.cast(self.kernel_IG, self.compute_dtype)
         return ops.split(kernel_IG, 2, axis=0)
 
     def _advance(self, values_BSD, key_BSA, bias_BS):
-        """The recurrence, of which the input's share is computed before."""
+        """Returns a function that advances the states by one position.
+
+        The function takes the product of the input and its kernel.
+        """
         recurrent_PG, projection_HP = (
             ops.cast(kernel, self.compute_dtype)
             for kernel in (self.recurrent_PG, self.projection_HP)
@@ -117,7 +161,9 @@ class AttentionLSTM(keras.layers.Layer):
             context_BD = ops.squeeze(context_BLD, 1)
             both_BX = ops.concatenate([context_BD, r_BP], axis=-1)
             z_BG += ops.matmul(both_BX, both_XG)
-            h_BH, c_BH = projected_lstm.apply_gates(_rows(z_BG), c_BH)
+            h_BH, c_BH = projected_lstm.apply_gates(
+                mesh_scan.sharded_by_batch(z_BG), c_BH
+            )
             weight_BS = ops.squeeze(weight_BLS, 1)
             return ops.matmul(h_BH, projection_HP), c_BH, weight_BS
 
@@ -136,7 +182,7 @@ class AttentionLSTM(keras.layers.Layer):
 
 
 def _loop(advance, z_LBG, states):
-    """Outputs at every position."""
+    """Computes the outputs of all positions in a while loop."""
     length = tf.shape(z_LBG)[0]
     outputs = tf.TensorArray(z_LBG.dtype, length, element_shape=states[0].shape)
 
@@ -154,16 +200,12 @@ def _loop(advance, z_LBG, states):
 
 
 def _unrolled(advance, z_LBG, states):
-    """The same on a mesh, whose devices share the sequences."""
-    r_BP, c_BH = map(_rows, states)
+    """Computes the outputs of all positions on a mesh, without a loop."""
+    sharded = mesh_scan.sharded_by_batch
+    r_BP, c_BH = map(sharded, states)
     outputs = []
-    for z_BG in tf.unstack(sharding.constrain(z_LBG, None, "batch", None)):
-        r_BP, c_BH, _ = advance(_rows(z_BG), r_BP, c_BH)
-        r_BP, c_BH = _rows(r_BP), _rows(c_BH)
+    for z_BG in tf.unstack(sharded(z_LBG)):
+        r_BP, c_BH, _ = advance(sharded(z_BG), r_BP, c_BH)
+        r_BP, c_BH = sharded(r_BP), sharded(c_BH)
         outputs.append(r_BP)
     return tf.stack(outputs)
-
-
-def _rows(x_BD):
-    """`x_BD`, its rows shared by the devices of a mesh; itself off one."""
-    return sharding.constrain(x_BD, "batch", None)

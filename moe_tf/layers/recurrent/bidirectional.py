@@ -1,4 +1,4 @@
-"""Recurrent layers over whole sequences, on a mesh and off it."""
+"""Recurrent layers over whole sequences, with or without a mesh."""
 
 import keras
 import tensorflow as tf
@@ -8,10 +8,22 @@ from moe_tf import checks
 from moe_tf import sharding
 from moe_tf.layers.recurrent import mesh_lstm
 from moe_tf.layers.recurrent.projected_lstm import ProjectedLSTMCell
+from moe_tf.types import Tensor
 
 
-def run_rnn(rnn, x_BLD, training=False):
-    """What `rnn`, an LSTM without biases, gives: float `(B, L, P)`."""
+def run_rnn(
+    rnn: keras.layers.RNN, x_BLD: Tensor, training: bool = False
+) -> Tensor:
+    """Calls an LSTM without biases, by `mesh_lstm` where there is a mesh.
+
+    Args:
+        rnn: built layer, of a `ProjectedLSTMCell` or an `LSTMCell`.
+        x_BLD: float.
+        training: bool.
+
+    Returns:
+        Float `(B, L, P)`.
+    """
     if sharding.axes() is None:
         return rnn(x_BLD, training=training)
     kernels = (
@@ -20,8 +32,8 @@ def run_rnn(rnn, x_BLD, training=False):
     return mesh_lstm.lstm(x_BLD, *kernels)
 
 
-def reverse_sequences(x_BLD, mask_BL):
-    """Reverses the words of each sequence; padding stays where it is.
+def reverse_sequences(x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+    """Reverses the words of each sequence and leaves the padding in place.
 
     Args:
         x_BLD: float.
@@ -35,7 +47,7 @@ def reverse_sequences(x_BLD, mask_BL):
     index_BL = ops.where(mask_BL, length_B1 - 1 - position_L, position_L)
 
     @tf.custom_gradient
-    def gather(x_BLD):  # its own inverse, so its own gradient
+    def gather(x_BLD):  # a permutation that is its own inverse
         result = tf.gather(x_BLD, index_BL, batch_dims=1)
         return result, lambda dx_BLD: tf.gather(dx_BLD, index_BL, batch_dims=1)
 
@@ -46,10 +58,10 @@ def reverse_sequences(x_BLD, mask_BL):
 class BidirectionalLSTM(keras.layers.Layer):
     """Two projected LSTMs, one of which reads each sequence from its end.
 
-    Each gives half of the output's width, which is the input's.
+    The output has the width of the input; each direction gives half of it.
 
     Args:
-        units: int, memory cells of each.
+        units: int, memory cells of each direction.
 
     Call arguments:
         inputs: float `(B, L, D)`.
@@ -57,13 +69,20 @@ class BidirectionalLSTM(keras.layers.Layer):
         training: bool.
 
     Returns:
-        Float `(B, L, D)`; what stands in padding means nothing.
+        Float `(B, L, D)`; the values in padding have no meaning.
 
     Raises:
         ValueError: if `units` is below 1 or `D` is odd.
+
+    Example:
+
+    >>> layer = moe_tf.layers.BidirectionalLSTM(units=16)
+    >>> y_BLD = layer(np.ones((2, 3, 8)), mask=np.ones((2, 3), bool))
+    >>> tuple(y_BLD.shape)
+    (2, 3, 8)
     """
 
-    def __init__(self, units, **kwargs):
+    def __init__(self, units: int, **kwargs) -> None:
         super().__init__(**kwargs)
         checks.at_least("units", units, 1)
         self.units = units

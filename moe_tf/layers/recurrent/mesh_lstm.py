@@ -1,9 +1,9 @@
-"""An LSTM over a sequence, as a loop that DTensor can lay out.
+"""An LSTM over sequences on a mesh, as a loop with DTensor layouts.
 
-Unrolled, a program of 69 positions takes 15 s to make, and every position has
-all-reduces of its own for the gradients of the kernels. Here those gradients
-are one product each, and the loops hold only what recurs: on GPUs it is the
-number of kernels that takes the time.
+An unrolled program of 69 positions takes 15 s to build, and every position
+all-reduces the gradients of the kernels. Here each of these gradients is one
+product over all positions, and the loops hold only the recurrent part: on
+GPUs the time goes with the number of operations in the loop.
 
 Letters: `I` input width, `H` memory cells, `P` output width, `G` the four
 gates of all cells, 4H.
@@ -12,13 +12,20 @@ gates of all cells, 4H.
 import tensorflow as tf
 
 from moe_tf.layers.recurrent import mesh_scan
+from moe_tf.types import Tensor
 
 
-def lstm(x_BLI, kernel_IG, recurrent_PG, projection_HP=None):
-    """What `keras.layers.RNN` makes of a `ProjectedLSTMCell` or `LSTMCell`.
+def lstm(
+    x_BLI: Tensor,
+    kernel_IG: Tensor,
+    recurrent_PG: Tensor,
+    projection_HP: Tensor | None = None,
+) -> Tensor:
+    """Runs an LSTM, with or without projection, over whole sequences.
 
-    From a zero state, without biases. On a mesh sequences are shared by the
-    devices along `batch`, whose number must divide `B`.
+    Equals `keras.layers.RNN` of a `ProjectedLSTMCell`, or of an `LSTMCell`
+    without biases, from a zero state. On a mesh the sequences are sharded
+    over `batch`, whose size must divide `B`.
 
     Args:
         x_BLI: float, of known sizes.
@@ -60,7 +67,7 @@ def lstm(x_BLI, kernel_IG, recurrent_PG, projection_HP=None):
 
 
 def _forward(z_LBG, recurrent_PG, projection_HP=None):
-    """Outputs and memory cells at every position."""
+    """Computes outputs and memory cells of every position."""
 
     def step(states, rows):
         (r_BP, c_BH), (z_BG,) = states, rows
@@ -76,17 +83,18 @@ def _forward(z_LBG, recurrent_PG, projection_HP=None):
 
 
 def _backward(dr_LBP, z_LBG, r_LBP, c_LBH, recurrent_PG, projection_HP=None):
-    """Gradients of `z_LBG`, of `recurrent_PG` and of `projection_HP`.
+    """Computes gradients of `z_LBG`, `recurrent_PG` and `projection_HP`.
 
-    The loop gathers those of outputs and memory cells, which take less room
-    than that of `z_LBG`; of them it follows for all positions at once.
+    The loop collects the gradients of outputs and memory cells, which are
+    smaller than the gradient of `z_LBG`. All other gradients follow from
+    these two for all positions at once.
     """
     before_LBP = mesh_scan.delayed(r_LBP)
     z_LBG += tf.einsum("LBP,PG->LBG", before_LBP, recurrent_PG)
     i, f, g, o = _gates(mesh_scan.sharded_by_batch(z_LBG))
     tanh_LBH = tf.tanh(c_LBH)
-    # What a gradient of memory cells, or for `o` one of the hidden state, is
-    # multiplied by to be that of `z`.
+    # Derivatives by `z`: of the memory cells for the gates `i`, `f` and `g`,
+    # of the hidden state for `o`.
     slopes = [
         g * i * (1 - i),
         mesh_scan.delayed(c_LBH) * f * (1 - f),
@@ -103,7 +111,7 @@ def _backward(dr_LBP, z_LBG, r_LBP, c_LBH, recurrent_PG, projection_HP=None):
         if projection_HP is not None:
             dh_BH = tf.matmul(dr_BP, projection_HP, transpose_b=True)
         dc_BH += dh_BH * slope_BH
-        dz_BG = _four(dc_BH, dh_BH) * slope_BG
+        dz_BG = _stack_gates(dc_BH, dh_BH) * slope_BG
         before_BP = tf.matmul(dz_BG, recurrent_PG, transpose_b=True)
         return (before_BP, dc_BH * f_BH), (dr_BP, dc_BH)
 
@@ -113,7 +121,9 @@ def _backward(dr_LBP, z_LBG, r_LBP, c_LBH, recurrent_PG, projection_HP=None):
     dh_LBH = dr_LBP
     if projection_HP is not None:
         dh_LBH = tf.einsum("LBP,HP->LBH", dr_LBP, projection_HP)
-    dz_LBG = mesh_scan.sharded_by_batch(_four(dc_LBH, dh_LBH) * slope_LBG)
+    dz_LBG = mesh_scan.sharded_by_batch(
+        _stack_gates(dc_LBH, dh_LBH) * slope_LBG
+    )
     result = [dz_LBG, tf.einsum("LBP,LBG->PG", before_LBP, dz_LBG)]
     if projection_HP is not None:
         h_LBH = o * tanh_LBH
@@ -121,8 +131,8 @@ def _backward(dr_LBP, z_LBG, r_LBP, c_LBH, recurrent_PG, projection_HP=None):
     return result
 
 
-def _four(dc, dh):
-    """`dc` for each of the gates but the last, which has `dh`."""
+def _stack_gates(dc, dh):
+    """Stacks the gradients of all gates: `dc` for i, f and g, `dh` for o."""
     return tf.concat([dc, dc, dc, dh], axis=-1)
 
 

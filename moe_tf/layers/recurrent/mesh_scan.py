@@ -1,46 +1,54 @@
-"""A loop over the positions of sequences that DTensor can lay out.
+"""A loop over the positions of sequences on a mesh.
 
-`tf.scan`, `tf.TensorArray` and gradients of `tf.while_loop` keep what they
-gather in TensorLists, which have no layout on a mesh. Here it goes into plain
-tensors.
+`tf.scan`, `tf.TensorArray` and gradients of `tf.while_loop` collect outputs in
+TensorLists, which have no DTensor layout. Here plain tensors collect them.
 """
 
 import itertools
 import math
+from collections.abc import Callable
+from collections.abc import Sequence
 
 import tensorflow as tf
 
 from moe_tf import sharding
+from moe_tf.types import Tensor
 
-_NUMBERS = itertools.count()
-# Of one iteration. More make a larger program; fewer start more kernels, and
-# copy what has been gathered more often.
-_MOST_POSITIONS = 4
+_loop_numbers = itertools.count()
+# Per iteration of the loop. More make a larger program; fewer launch more
+# operations and copy the collected outputs more often.
+_MAX_POSITIONS = 4
 
 
-def scan(step, sequences, widths, reverse=False):
+def scan(
+    step: Callable,
+    sequences: Sequence[Tensor],
+    widths: Sequence[int],
+    reverse: bool = False,
+) -> list[Tensor]:
     """Calls `step` at one position after another.
 
-    Sequences are shared by the devices along `batch`, whose number must
-    divide `B`. For use inside `tf.custom_gradient`.
+    The sequences are sharded over `batch`, whose size must divide `B`. The
+    loop has no gradient: call it inside `tf.custom_gradient`.
 
     Args:
-        step: function of `(states, rows)` that returns the next states and
-            the outputs. All are sequences of tensors `(B, D)`: `rows` one of
-            each of `sequences`, states and outputs one of each of `widths`.
+        step: function of `(states, inputs)` that returns the next states and
+            the outputs, each a sequence of tensors `(B, D)`. There is one
+            input for each of `sequences`, one state and one output for each
+            of `widths`.
         sequences: list of tensors `(L, B, D)`, of known sizes and one dtype;
             `D` may differ.
-        widths: ints, `D` of each state. States are zeros at first.
+        widths: ints, `D` of each state. The initial states are zeros.
         reverse: bool, whether to go from the last position to the first.
 
     Returns:
         List of the outputs, `(L, B, D)`; the first belongs to position 0.
     """
     length = sequences[0].shape[0]
-    number, extra = _positions(length)
-    # Where the loop comes last, so that nothing follows from it.
-    sequences = [_filled(x_LBD, extra, reverse) for x_LBD in sequences]
-    outputs = _scan_filled(step, sequences, widths, number, reverse)
+    per_iteration, extra = _split_positions(length)
+    # The loop reaches the padding last, so no output depends on it.
+    sequences = [_padded(x_LBD, extra, reverse) for x_LBD in sequences]
+    outputs = _scan_padded(step, sequences, widths, per_iteration, reverse)
     start = extra if reverse else 0
     return [
         tf.slice(x_LBD, [start, 0, 0], [length, *x_LBD.shape[1:]])
@@ -50,62 +58,63 @@ def scan(step, sequences, widths, reverse=False):
     ]
 
 
-def _scan_filled(step, sequences, widths, number, reverse):
-    """The same, where an iteration of so many positions divides the length."""
+def _scan_padded(step, sequences, widths, per_iteration, reverse):
+    """Runs `scan` over sequences whose length `per_iteration` divides."""
     length, batch, _ = sequences[0].shape
     put = _prepend if reverse else _append
 
     def advance(t, *carried):
-        states, gathered = carried[: len(widths)], carried[len(widths) :]
-        first = length - number - t if reverse else t
-        read = [_read(x_LBD, first, number) for x_LBD in sequences]
+        states, collected = carried[: len(widths)], carried[len(widths) :]
+        first = length - per_iteration - t if reverse else t
+        read = [_read(x_LBD, first, per_iteration) for x_LBD in sequences]
         outputs = []
-        for rows in list(zip(*read, strict=True))[:: -1 if reverse else 1]:
-            states, found = step(states, rows)
-            outputs.append(found)
+        for inputs in list(zip(*read, strict=True))[:: -1 if reverse else 1]:
+            states, new_outputs = step(states, inputs)
+            outputs.append(new_outputs)
         outputs = outputs[:: -1 if reverse else 1]
-        gathered = map(put, gathered, zip(*outputs, strict=True))
-        return t + number, *map(sharded_by_batch, states), *gathered
+        collected = map(put, collected, zip(*outputs, strict=True))
+        return t + per_iteration, *map(sharded_by_batch, states), *collected
 
     def zeros(*shape):
         return sharded_by_batch(tf.zeros(shape, sequences[0].dtype))
 
     states = [zeros(batch, width) for width in widths]
-    gathered = [zeros(length, batch, width) for width in widths]
-    # DTensor names functions after the loop, and programs of other shapes
-    # must not have a function of the same name.
+    collected = [zeros(length, batch, width) for width in widths]
+    # DTensor names functions after the loop. Loops over other shapes must not
+    # have a function of the same name.
     _, *last = tf.while_loop(
         lambda t, *_: t < length,
         advance,
-        (0, *states, *gathered),
+        (0, *states, *collected),
         parallel_iterations=1,
-        name=f"mesh_loop_{next(_NUMBERS)}_",
+        name=f"mesh_scan_{next(_loop_numbers)}_",
     )
     return last[len(widths) :]
 
 
-def delayed(x_LBD):
-    """What stood one position before; zeros at the first."""
+def delayed(x_LBD: Tensor) -> Tensor:
+    """Shifts `x` by one position; the first position becomes zeros."""
     return _prepend(x_LBD, [tf.zeros(x_LBD.shape[1:], x_LBD.dtype)])
 
 
-def sharded_by_batch(x):
-    """`x (..., B, D)`, sequences shared by the devices along `batch`.
+def sharded_by_batch(x: Tensor) -> Tensor:
+    """Constrains `x (..., B, D)` to be sharded over `batch` along `B`.
 
-    Loops want it said: their variables must keep their layout.
+    DTensor needs this for loop variables, whose layout must not change
+    between iterations.
     """
     return sharding.constrain(x, *(None,) * (x.shape.rank - 2), "batch", None)
 
 
-def _positions(length):
-    """How many an iteration has, and how many the length then lacks."""
-    iterations = max(1, math.ceil(length / _MOST_POSITIONS))
-    number = math.ceil(length / iterations)
-    return number, number * iterations - length
+def _split_positions(length):
+    """Returns positions per iteration, and positions of padding to add."""
+    iterations = max(1, math.ceil(length / _MAX_POSITIONS))
+    per_iteration = math.ceil(length / iterations)
+    return per_iteration, per_iteration * iterations - length
 
 
-def _filled(x_LBD, extra, in_front):
-    """`x_LBD` with so many positions of zeros more."""
+def _padded(x_LBD, extra, in_front):
+    """Pads `x` with `extra` positions of zeros."""
     if not extra:
         return x_LBD
     zeros = sharded_by_batch(tf.zeros((extra, *x_LBD.shape[1:]), x_LBD.dtype))
@@ -113,20 +122,20 @@ def _filled(x_LBD, extra, in_front):
     return sharded_by_batch(tf.concat(parts, axis=0))
 
 
-def _read(x_LBD, first, number):
-    """Rows `(B, D)` of so many positions, from `first` on."""
-    # A gather wants `first` on the device, which holds up a GPU each time.
+def _read(x_LBD, first, count):
+    """Returns `count` positions from `first` on, each `(B, D)`."""
+    # A gather would copy `first` to the GPU, which waits for it each time.
     _, batch, width = x_LBD.shape
-    return tf.unstack(tf.slice(x_LBD, [first, 0, 0], [number, batch, width]))
+    return tf.unstack(tf.slice(x_LBD, [first, 0, 0], [count, batch, width]))
 
 
-# Positions come one after the other, so arrays that move on are full at the
-# end. `tf.tensor_scatter_nd_update` copies all positions as well, and on GPUs
-# has no bfloat16: it goes by way of the host.
+# The collected arrays shift by the new positions, and are full at the end.
+# `tf.tensor_scatter_nd_update` copies all positions too, and has no bfloat16
+# kernel for GPUs: it would run on the host.
 
 
 def _append(x_LBD, rows):
-    """`x_LBD` without its first positions, and `rows` as the last."""
+    """Drops the first positions of `x` and appends `rows`."""
     length, batch, width = x_LBD.shape
     start, kept = [len(rows), 0, 0], [length - len(rows), batch, width]
     later = tf.slice(x_LBD, start, kept)
@@ -135,9 +144,9 @@ def _append(x_LBD, rows):
 
 
 def _prepend(x_LBD, rows):
-    """`x_LBD` without its last positions, and `rows` as the first."""
+    """Drops the last positions of `x` and prepends `rows`."""
     length, batch, width = x_LBD.shape
-    # Not `x[:-1]`, here and above: strided slices of two kinds have no layout.
+    # Not `x[:-1]`, here and above: some strided slices have no layout.
     kept = [length - len(rows), batch, width]
     earlier = tf.slice(x_LBD, [0, 0, 0], kept)
     new = [tf.expand_dims(row_BD, 0) for row_BD in rows]

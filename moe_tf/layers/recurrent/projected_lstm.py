@@ -1,4 +1,4 @@
-"""The LSTM cell whose output is a projection, and recurs as one.
+"""The LSTM cell with a recurrent projection layer.
 
 Letters: `I` input width, `H` memory cells, `P` projected width, `G` the four
 gates of all cells, 4H.
@@ -8,10 +8,19 @@ import keras
 from keras import ops
 
 from moe_tf import checks
+from moe_tf.types import Tensor
 
 
-def apply_gates(z_BG, c_BH):
-    """The new output, before its projection, and the new memory."""
+def apply_gates(z_BG: Tensor, c_BH: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes the LSTM's output before its projection, and the new memory.
+
+    Args:
+        z_BG: float, pre-activations of the gates `i, f, g, o`.
+        c_BH: float, memory of the previous step.
+
+    Returns:
+        Two of float `(B, H)`.
+    """
     i_BH, f_BH, g_BH, o_BH = ops.split(z_BG, 4, axis=-1)
     c_BH = ops.sigmoid(f_BH) * c_BH
     c_BH += ops.sigmoid(i_BH) * ops.tanh(g_BH)
@@ -22,15 +31,16 @@ def apply_gates(z_BG, c_BH):
 class ProjectedLSTMCell(keras.layers.Layer):
     """One step of an LSTM with a recurrent projection layer.
 
-    With `r` the projected output of the step before:
+    With `r` the projected output of the previous step:
 
         i, f, o = sigmoid(x W_* + r R_*),  g = tanh(x W_g + r R_g)
         c = f * c + i * g
         r = (o * tanh(c)) P
 
-    No biases and no peepholes. Gates are laid out `i, f, g, o`, as in
-    `keras.layers.LSTMCell`, which this equals when `P` is the identity.
-    Parameters: `(I + P) * 4H + H * P`. Wrap it in `keras.layers.RNN`.
+    There are no biases and no peepholes. Gates are in the order `i, f, g, o`,
+    as in `keras.layers.LSTMCell`, which gives the same result where `P` is the
+    identity. Parameters: `(I + P) * 4H + H * P`. Wrap the cell in
+    `keras.layers.RNN`.
 
     Args:
         units: int, memory cells `H`.
@@ -48,9 +58,16 @@ class ProjectedLSTMCell(keras.layers.Layer):
 
     Reference:
      - [Sak et al., 2014](https://arxiv.org/abs/1402.1128)
+
+    Example:
+
+    >>> cell = moe_tf.layers.ProjectedLSTMCell(units=16, projection_units=4)
+    >>> rnn = keras.layers.RNN(cell, return_sequences=True)
+    >>> tuple(rnn(np.ones((2, 3, 8))).shape)
+    (2, 3, 4)
     """
 
-    def __init__(self, units, projection_units, **kwargs):
+    def __init__(self, units: int, projection_units: int, **kwargs) -> None:
         super().__init__(**kwargs)
         checks.at_least("units", units, 1)
         checks.at_least("projection_units", projection_units, 1)

@@ -1,44 +1,47 @@
-"""Rows of a table on a mesh."""
+"""Lookup of embedding rows on a mesh."""
 
 import tensorflow as tf
 from keras import ops
 
 from moe_tf import sharding
+from moe_tf.types import Tensor
 
 
-def replicate_ids(ids):
-    """Ids of rows that every device gathers: those of all devices.
+def replicate_ids(ids: Tensor) -> Tensor:
+    """Replicates row ids, so that every device gathers the rows of all.
 
     Args:
-        ids: int.
+        ids: int, of any shape.
 
     Returns:
-        int64 of the same shape: GPUs leave what is done to int32 to the host.
+        int64 of the same shape. TensorFlow's GPU kernels keep int32 operands
+        in host memory, which costs a copy per operation.
     """
     return sharding.constrain(ops.cast(ids, "int64"), *(None,) * len(ids.shape))
 
 
-def shard_rows(x):
-    """Rows that every device has gathered: from here on each keeps its own.
+def shard_rows(x: Tensor) -> Tensor:
+    """Shards gathered table rows over `batch`.
 
-    Gradients go the other way: each device gets those of all rows. An update
-    of the table is then a matter of each device, while summed over devices
-    the gradient would be as large as the table, and by optimizers that square
-    the rows apart from each other be summed twice.
+    Each device keeps the rows of its own examples. In the gradient every
+    device receives the gradients of all rows and updates the replicated table
+    by itself. An all-reduce of the table's gradient would send a tensor as
+    large as the table, and would give wrong squares to optimizers that square
+    rows before they add duplicates.
 
     Args:
-        x: float `(B, ...)`, equal on all devices.
+        x: float `(B, ...)`, replicated.
 
     Returns:
-        The same, laid out by `batch`; `x` itself where there is no mesh.
+        `x`, sharded over `batch`; `x` itself where there is no mesh.
     """
     if sharding.axes() is None:
         return x
     rest = (None,) * (x.shape.rank - 1)
 
     @tf.custom_gradient
-    def cut(x):
+    def shard(x):
         own = sharding.constrain(x, "batch", *rest)
         return own, lambda dx: sharding.constrain(dx, None, *rest)
 
-    return cut(x)
+    return shard(x)

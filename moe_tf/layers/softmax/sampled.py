@@ -12,28 +12,32 @@ from moe_tf import checks
 from moe_tf.layers.softmax import embedding_rows
 from moe_tf.layers.softmax import full
 from moe_tf.layers.softmax import token_chunks
+from moe_tf.types import Tensor
 
 
-def log_uniform_ids(uniform_J, vocabulary_size):
-    """Classes with `p(c) = log((c + 2) / (c + 1)) / log(V + 1)`.
+def log_uniform_ids(uniform_J: Tensor, vocabulary_size: int) -> Tensor:
+    """Draws classes with `p(c) = log((c + 2) / (c + 1)) / log(V + 1)`.
 
-    Close to how often words occur when ids are sorted by falling frequency.
+    This is close to the frequency of words if ids are sorted by falling
+    frequency.
 
     Args:
-        uniform_J: float64, uniform in [0, 1). Float32 is too coarse: its
-            steps of 2^-23 leave some classes above 600,000 without a draw.
+        uniform_J: float64, uniform in [0, 1). Float32 is too coarse: with its
+            steps of 2^-23 some classes above 600,000 are never drawn.
         vocabulary_size: int, `V`.
 
     Returns:
         Int32 `(J,)` in [0, V).
     """
     ids_J = ops.floor(ops.exp(uniform_J * math.log(vocabulary_size + 1))) - 1
-    # A draw within rounding of 1 would give V.
+    # A uniform number close to 1 would round to V.
     return ops.minimum(ops.cast(ids_J, "int32"), vocabulary_size - 1)
 
 
-def log_inclusion(ids, vocabulary_size, num_sampled):
-    """Log of the probability that a class is drawn at least once.
+def log_inclusion(
+    ids: Tensor, vocabulary_size: int, num_sampled: int
+) -> Tensor:
+    """Computes the log of the probability that a class is drawn at all.
 
     `Q_c = 1 - (1 - p_c)^num_sampled` for independent draws.
 
@@ -50,19 +54,21 @@ def log_inclusion(ids, vocabulary_size, num_sampled):
     return ops.log(-ops.expm1(num_sampled * ops.log1p(-p)))
 
 
-def sampled_nll(sampled_TJ, target_T, hidden_TJ):
-    """Negative log-likelihood of the target among the classes drawn.
+def sampled_nll(
+    sampled_TJ: Tensor, target_T: Tensor, excluded_TJ: Tensor
+) -> Tensor:
+    """Computes the negative log-likelihood of targets among drawn classes.
 
     Args:
-        sampled_TJ: float, logits of the drawn classes, less `log Q`.
-        target_T: float, logits of the targets, less `log Q`.
-        hidden_TJ: bool, draws that do not count: the token's own target and
-            repeated draws of one class.
+        sampled_TJ: float, logits of the drawn classes, minus `log Q`.
+        target_T: float, logits of the targets, minus `log Q`.
+        excluded_TJ: bool, `True` for the token's own target and for repeated
+            draws of a class.
 
     Returns:
         Float `(T,)`, not below 0.
     """
-    others_TJ = ops.where(hidden_TJ, -math.inf, sampled_TJ)
+    others_TJ = ops.where(excluded_TJ, -math.inf, sampled_TJ)
     all_TJ = ops.concatenate([target_T[:, None], others_TJ], axis=1)
     return ops.logsumexp(all_TJ, axis=1) - target_T
 
@@ -73,26 +79,26 @@ class SampledSoftmax(keras.layers.Layer):
 
     In training, with `num_sampled` set, the softmax is taken over the target
     and `num_sampled` classes drawn log-uniformly, the same for all targets
-    of a batch. A class drawn several times counts once, a class that is a
-    token's target is left out of that token's draws, and from every logit
-    the log of its probability `Q` to be among the draws is subtracted. On
-    average the value is below the true negative log-likelihood, so compare
-    models by the value outside training.
+    of a batch. A class drawn several times counts once, and a token's target
+    is excluded from the draws for this token. From every logit the log of the
+    probability `Q` that the class is drawn is subtracted. On average the
+    value is below the true negative log-likelihood, so compare models by the
+    value outside training.
 
     Otherwise, and whenever `num_sampled` is at least the vocabulary, the
-    softmax is whole; its logits are computed in chunks of tokens, 64 MiB at
-    a time.
+    softmax is over all classes; its logits are computed in chunks of tokens,
+    64 MiB at a time.
 
     Ids must be sorted by falling frequency. Id 0, padding by convention, is
-    among the draws too: as in the whole softmax, it is a class like any
-    other, which the model learns not to predict.
+    drawn like any other class: as in the full softmax, the model learns not
+    to predict it.
 
     Under a mixed dtype policy the products are in the compute dtype; logits,
     corrections and sums are float32.
 
     Args:
         vocabulary_size: int, `V`.
-        num_sampled: optional int, draws per step. `None` for the whole
+        num_sampled: optional int, draws per step. `None` for the full
             softmax in training too.
         seed: optional int for the draws.
 
@@ -110,9 +116,24 @@ class SampledSoftmax(keras.layers.Layer):
     Reference:
      - [Jozefowicz et al., 2016](https://arxiv.org/abs/1602.02410)
      - [Jean et al., 2015](https://arxiv.org/abs/1412.2007)
+
+    Example:
+
+    >>> layer = moe_tf.layers.SampledSoftmax(100, num_sampled=10, seed=0)
+    >>> features_BLD = np.zeros((2, 3, 8), "float32")
+    >>> targets_BL = np.ones((2, 3), "int32")
+    >>> nll_BL = layer(features_BLD, targets_BL)
+    >>> print(f"{float(nll_BL[0, 0]):.3f}")  # log(100)
+    4.605
     """
 
-    def __init__(self, vocabulary_size, num_sampled=None, seed=None, **kwargs):
+    def __init__(
+        self,
+        vocabulary_size: int,
+        num_sampled: int | None = None,
+        seed: int | None = None,
+        **kwargs,
+    ) -> None:
         super().__init__(**kwargs)
         checks.at_least("vocabulary_size", vocabulary_size, 1)
         checks.at_least("num_sampled", num_sampled, 1, none_is_fine=True)
@@ -122,8 +143,8 @@ class SampledSoftmax(keras.layers.Layer):
         self.seed_generator = keras.random.SeedGenerator(seed)
 
     def build(self, input_shape):
-        # Not cast on reading: a cast of the rows in use is enough, and the
-        # gradient of the whole table is summed in float32.
+        # No autocast: only the rows in use are cast, and the gradient of the
+        # table is summed in float32.
         self.kernel_VD = self.add_weight(
             shape=(self.vocabulary_size, input_shape[-1]),
             initializer="glorot_uniform",
@@ -131,13 +152,13 @@ class SampledSoftmax(keras.layers.Layer):
             name="kernel",
         )
 
-    def logits(self, features):
-        """Logits of every word: `(..., D)` to float32 `(..., V)`."""
+    def logits(self, features: Tensor) -> Tensor:
+        """Computes the logits of every word, float32 `(..., V)`."""
         return full.logits(features, self.kernel_VD, self.compute_dtype)
 
-    def draw(self):
-        """Draws ids, int32 `(num_sampled,)`, sorted; advances the seed."""
-        # Integers, unlike floats, are drawn alike with XLA and without.
+    def draw(self) -> Tensor:
+        """Draws sorted ids, int32 `(num_sampled,)`, and advances the seed."""
+        # Integers, unlike floats, are equal with and without XLA.
         integers_J = keras.random.randint(
             (self.num_sampled,), 0, 2**53, "int64", seed=self.seed_generator
         )
@@ -170,7 +191,8 @@ class SampledSoftmax(keras.layers.Layer):
         }
 
     def _sampled(self, x_TD, targets_T):
-        ids_J, targets_T = (  # see `embedding_rows.replicate_ids`
+        # int64: see `embedding_rows.replicate_ids`.
+        ids_J, targets_T = (
             ops.cast(ids, "int64") for ids in (self.draw(), targets_T)
         )
         ids = ops.concatenate(
@@ -179,15 +201,16 @@ class SampledSoftmax(keras.layers.Layer):
         rows = ops.cast(ops.take(self.kernel_VD, ids, axis=0), x_TD.dtype)
         rows_JD, rows_TD = rows[: self.num_sampled], rows[self.num_sampled :]
         rows_TD = embedding_rows.shard_rows(rows_TD)
-        wide = token_chunks.logits_dtype(self.compute_dtype)
-        sampled_TJ = ops.cast(ops.einsum("TD,JD->TJ", x_TD, rows_JD), wide)
-        target_T = ops.sum(ops.cast(x_TD, wide) * ops.cast(rows_TD, wide), -1)
+        dtype = token_chunks.logits_dtype(self.compute_dtype)
+        sampled_TJ = ops.cast(ops.einsum("TD,JD->TJ", x_TD, rows_JD), dtype)
+        target_T = ops.sum(ops.cast(x_TD, dtype) * ops.cast(rows_TD, dtype), -1)
         log_q = ops.cast(
-            log_inclusion(ids, self.vocabulary_size, self.num_sampled), wide
+            log_inclusion(ids, self.vocabulary_size, self.num_sampled), dtype
         )
         before_J = ops.pad(ids_J[:-1], [[1, 0]], constant_values=-1)
         return sampled_nll(
             sampled_TJ - log_q[: self.num_sampled],
             target_T - log_q[self.num_sampled :],
-            (ids_J == before_J)[None, :] | (ids_J == targets_T[:, None]),
+            excluded_TJ=(ids_J == before_J)[None, :]
+            | (ids_J == targets_T[:, None]),
         )

@@ -1,4 +1,4 @@
-"""The whole softmax in chunks of tokens.
+"""The full softmax, computed in chunks of tokens.
 
 Letters: `X` tokens of one chunk, `N` chunks.
 """
@@ -7,21 +7,28 @@ import keras
 import tensorflow as tf
 from keras import ops
 
+from moe_tf.types import Tensor
 
-def full_nll(features_TD, kernel_VD, targets_T, chunk_bytes):
-    """Negative log-likelihood of the targets: see `log_sum_and_target`."""
+
+def full_nll(
+    features_TD: Tensor, kernel_VD: Tensor, targets_T: Tensor, chunk_bytes: int
+) -> Tensor:
+    """Computes the targets' negative log-likelihood by `log_sum_and_target`."""
     log_sum_T, target_T = log_sum_and_target(
         features_TD, kernel_VD, targets_T, chunk_bytes
     )
     return log_sum_T - target_T
 
 
-def log_sum_and_target(features_TD, kernel_VD, targets_T, chunk_bytes):
-    """Log-partition of every token's logits, and its target's logit.
+def log_sum_and_target(
+    features_TD: Tensor, kernel_VD: Tensor, targets_T: Tensor, chunk_bytes: int
+) -> tuple[Tensor, Tensor]:
+    """Computes each token's log-partition and the logit of its target.
 
-    At most about `chunk_bytes` of logits exist at a time, in the gradient
-    too, which computes them a second time and has no gradient of its own.
-    Products have the dtype of the features; sums are float32 or wider.
+    At most about `chunk_bytes` of logits exist at a time. The gradient
+    computes them a second time, within the same limit, and has no gradient of
+    its own. Products have the dtype of the features; sums are float32 or a
+    higher precision.
 
     Args:
         features_TD: float.
@@ -32,8 +39,8 @@ def log_sum_and_target(features_TD, kernel_VD, targets_T, chunk_bytes):
     Returns:
         Two of float32 `(T,)`; float64 for float64 features.
     """
-    most = max(1, chunk_bytes // (4 * kernel_VD.shape[0]))
-    targets_NX = _chunks(targets_T, most)
+    max_tokens = max(1, chunk_bytes // (4 * kernel_VD.shape[0]))
+    targets_NX = _chunks(targets_T, max_tokens)
 
     @tf.custom_gradient
     def run(features_NXD, kernel_VD):
@@ -48,9 +55,9 @@ def log_sum_and_target(features_TD, kernel_VD, targets_T, chunk_bytes):
 
         return (log_sum_NX, target_NX), gradient
 
-    # A variable would be an input that `custom_gradient` wants to hear of.
+    # Not a variable: `custom_gradient` would require its gradient by name.
     results_NX = run(
-        _chunks(features_TD, most), tf.convert_to_tensor(kernel_VD)
+        _chunks(features_TD, max_tokens), tf.convert_to_tensor(kernel_VD)
     )
     num_tokens = ops.shape(targets_T)[0]
     return tuple(
@@ -58,10 +65,10 @@ def log_sum_and_target(features_TD, kernel_VD, targets_T, chunk_bytes):
     )
 
 
-def _chunks(x_T, most):
-    """Splits the first axis into equal chunks of `most` at the most."""
+def _chunks(x_T, max_tokens):
+    """Splits the first axis into equal chunks of at most `max_tokens`."""
     total = ops.shape(x_T)[0]
-    num_chunks = ops.maximum(1, (total + most - 1) // most)
+    num_chunks = ops.maximum(1, (total + max_tokens - 1) // max_tokens)
     size = (total + num_chunks - 1) // num_chunks
     missing = num_chunks * size - total
     zeros = ops.zeros((missing, *x_T.shape[1:]), dtype=x_T.dtype)
@@ -69,8 +76,8 @@ def _chunks(x_T, most):
     return ops.reshape(padded, (num_chunks, size, *x_T.shape[1:]))
 
 
-def logits_dtype(dtype):
-    """The dtype of logits and sums: float32, or what is wider."""
+def logits_dtype(dtype: str | tf.DType) -> str:
+    """Returns the dtype of logits and sums: float32, or a higher precision."""
     return keras.backend.result_type(dtype, "float32")
 
 
@@ -80,7 +87,7 @@ def _logits(features_XD, weights_VD):
 
 
 def _forward(features_NXD, weights_VD, targets_NX):
-    """Log-partition and target logit of every token."""
+    """Computes the log-partition and the target's logit of every token."""
     sum_dtype = logits_dtype(weights_VD.dtype)
 
     def one_chunk(chunk):
@@ -98,7 +105,7 @@ def _forward(features_NXD, weights_VD, targets_NX):
 
 
 def _backward(features_NXD, weights_VD, targets_NX, log_sum_NX, upstreams_NX):
-    """Gradients of the features and, summed over tokens, of the kernel."""
+    """Computes the gradients of the features and of the kernel."""
     dtype, sum_dtype = weights_VD.dtype, logits_dtype(weights_VD.dtype)
     vocabulary_size = weights_VD.shape[0]
     num_chunks = tf.shape(features_NXD)[0]

@@ -1,18 +1,24 @@
-"""The whole softmax in chunks of words, for a mesh.
+"""The full softmax on a mesh, computed in chunks of words.
 
-Letters: `W` words of a chunk, the others of the project.
+Letters: `W` words of a chunk.
 """
 
 import tensorflow as tf
 
 from moe_tf import sharding
+from moe_tf.types import Tensor
 
 _CHUNK_BYTES = 64 * 2**20
-_MOST_CHUNKS = 32
+_MAX_CHUNKS = 32
 
 
-def full_nll(features_TD, kernel_VD, targets_T, chunk_bytes=_CHUNK_BYTES):
-    """Negative log-likelihood of the targets: see `log_sum_and_target`."""
+def full_nll(
+    features_TD: Tensor,
+    kernel_VD: Tensor,
+    targets_T: Tensor,
+    chunk_bytes: int = _CHUNK_BYTES,
+) -> Tensor:
+    """Computes the targets' negative log-likelihood by `log_sum_and_target`."""
     log_sum_T, target_T = log_sum_and_target(
         features_TD, kernel_VD, targets_T, chunk_bytes
     )
@@ -20,15 +26,19 @@ def full_nll(features_TD, kernel_VD, targets_T, chunk_bytes=_CHUNK_BYTES):
 
 
 def log_sum_and_target(
-    features_TD, kernel_VD, targets_T, chunk_bytes=_CHUNK_BYTES
-):
-    """That of `token_chunks`, chunk by chunk of words instead of tokens.
+    features_TD: Tensor,
+    kernel_VD: Tensor,
+    targets_T: Tensor,
+    chunk_bytes: int = _CHUNK_BYTES,
+) -> tuple[Tensor, Tensor]:
+    """Computes each token's log-partition and the logit of its target.
 
-    Its loop writes TensorLists, which have no layout on a mesh. Here chunks
-    are unrolled, at most 32, so that a device holds `chunk_bytes` of logits
-    at a time or a thirty-second of all that its tokens have. They are
+    The loop of `token_chunks` writes TensorLists, which have no layout on a
+    mesh. Here the vocabulary is split instead of the tokens, and the chunks
+    are unrolled. There are at most 32, so a device holds `chunk_bytes` of
+    logits at a time, or a thirty-second of its tokens' logits. Logits are
     computed a second time in the gradient. Tokens stay on their devices; the
-    gradient of the kernel is summed over the devices.
+    gradient of the kernel is all-reduced.
 
     Args:
         features_TD: float; the number of tokens must be known.
@@ -39,11 +49,10 @@ def log_sum_and_target(
     Returns:
         Two of float32 `(T,)`; float64 for float64 features.
     """
-    wide = tf.float64 if features_TD.dtype == tf.float64 else tf.float32
+    dtype = tf.float64 if features_TD.dtype == tf.float64 else tf.float32
     chunks = _chunks(features_TD.shape[0], kernel_VD.shape[0], chunk_bytes)
-    targets_T = tf.cast(
-        targets_T, "int64"
-    )  # see `embedding_rows.replicate_ids`
+    # int64: see `embedding_rows.replicate_ids`.
+    targets_T = tf.cast(targets_T, "int64")
 
     @tf.custom_gradient
     def run(features_TD, kernel_VD):
@@ -51,7 +60,7 @@ def log_sum_and_target(
         if len(chunks) > 1:  # a sharded axis cannot be split
             weights_VD = sharding.constrain(weights_VD, None, None)
         rows = tf.split(weights_VD, chunks) if len(chunks) > 1 else [weights_VD]
-        log_sum_T, target_T = _forward(features_TD, rows, targets_T, wide)
+        log_sum_T, target_T = _forward(features_TD, rows, targets_T, dtype)
 
         def gradient(*upstreams_T):
             features_grad_TD, kernel_grad_VD = _backward(
@@ -68,41 +77,41 @@ def log_sum_and_target(
 
 
 def _chunks(num_tokens, vocabulary_size, chunk_bytes):
-    """Sizes of the chunks."""
+    """Returns the number of words of each chunk."""
     devices = (sharding.axes() or {"batch": 1})["batch"]
     needed = 4 * vocabulary_size * -(-num_tokens // devices)
-    number = -(-needed // chunk_bytes)
-    number = max(1, min(number, _MOST_CHUNKS, vocabulary_size))
-    size = -(-vocabulary_size // number)
+    num_chunks = -(-needed // chunk_bytes)
+    num_chunks = max(1, min(num_chunks, _MAX_CHUNKS, vocabulary_size))
+    size = -(-vocabulary_size // num_chunks)
     starts = range(0, vocabulary_size, size)
     return [min(size, vocabulary_size - start) for start in starts]
 
 
-def _logits(features_TD, rows_WD, wide):
-    return tf.cast(tf.matmul(features_TD, rows_WD, transpose_b=True), wide)
+def _logits(features_TD, rows_WD, dtype):
+    return tf.cast(tf.matmul(features_TD, rows_WD, transpose_b=True), dtype)
 
 
 def _is_target(targets_T, start, size, dtype):
-    """One where a word of the chunk is the token's target."""
+    """Returns 1 where a word of the chunk is the token's target, else 0."""
     ids_1W = tf.expand_dims(start + tf.range(size, dtype="int64"), 0)
     return tf.cast(tf.equal(tf.expand_dims(targets_T, 1), ids_1W), dtype)
 
 
-def _forward(features_TD, rows, targets_T, wide):
-    """Log-partition and target logit of every token."""
+def _forward(features_TD, rows, targets_T, dtype):
+    """Computes the log-partition and the target's logit of every token."""
     start, log_sum_T, target_T = 0, None, 0.0
     for rows_WD in rows:
         size = rows_WD.shape[0]
         if start:
             features_TD = _after(features_TD, tf.expand_dims(log_sum_T, 1))
-        logits_TW = _logits(features_TD, rows_WD, wide)
-        own_TW = _is_target(targets_T, start, size, wide)
+        logits_TW = _logits(features_TD, rows_WD, dtype)
+        own_TW = _is_target(targets_T, start, size, dtype)
         target_T += tf.reduce_sum(own_TW * logits_TW, axis=1)
         chunk_T = tf.reduce_logsumexp(logits_TW, axis=1)
         if start:
-            most_T = tf.maximum(log_sum_T, chunk_T)
-            chunk_T = most_T + tf.math.log(
-                tf.exp(log_sum_T - most_T) + tf.exp(chunk_T - most_T)
+            max_T = tf.maximum(log_sum_T, chunk_T)
+            chunk_T = max_T + tf.math.log(
+                tf.exp(log_sum_T - max_T) + tf.exp(chunk_T - max_T)
             )
         log_sum_T = chunk_T
         start += size
@@ -110,8 +119,8 @@ def _forward(features_TD, rows, targets_T, wide):
 
 
 def _backward(features_TD, rows, targets_T, log_sum_T, upstreams_T):
-    """Gradients of the features and, summed over tokens, of the kernel."""
-    wide = log_sum_T.dtype
+    """Computes the gradients of the features and of the kernel."""
+    dtype = log_sum_T.dtype
     upstream_T, target_upstream_T = upstreams_T
     start, features_grad_TD, kernel_grads = 0, None, []
     for rows_WD in rows:
@@ -119,13 +128,13 @@ def _backward(features_TD, rows, targets_T, log_sum_T, upstreams_T):
         if start:
             features_TD = _after(features_TD, features_grad_TD)
         error_TW = tf.exp(
-            _logits(features_TD, rows_WD, wide) - tf.expand_dims(log_sum_T, 1)
+            _logits(features_TD, rows_WD, dtype) - tf.expand_dims(log_sum_T, 1)
         )
         error_TW *= tf.expand_dims(upstream_T, 1)
-        own_TW = _is_target(targets_T, start, size, wide)
+        own_TW = _is_target(targets_T, start, size, dtype)
         error_TW += tf.expand_dims(target_upstream_T, 1) * own_TW
         error_TW = tf.cast(error_TW, features_TD.dtype)
-        part_TD = tf.cast(tf.matmul(error_TW, rows_WD), wide)
+        part_TD = tf.cast(tf.matmul(error_TW, rows_WD), dtype)
         features_grad_TD = part_TD + (features_grad_TD if start else 0.0)
         kernel_grads.append(tf.matmul(error_TW, features_TD, transpose_a=True))
         start += size
@@ -133,9 +142,9 @@ def _backward(features_TD, rows, targets_T, log_sum_T, upstreams_T):
 
 
 def _after(x_TD, earlier):
-    """`x_TD`, once `earlier` is there: no two chunks at a time.
+    """Returns `x_TD` after `earlier` is computed: one chunk at a time.
 
-    DTensor drops control dependencies, so this is one of values.
+    DTensor drops control dependencies, so this is a dependency of values.
     """
     never = tf.math.is_nan(earlier) & tf.math.is_inf(earlier)
     return tf.where(never, tf.zeros_like(x_TD), x_TD)

@@ -273,7 +273,7 @@ def test_the_help_is_made_in_the_folder_of_the_run(tmp_path, monkeypatch):
         help_folder(tmp_path / "run" / "corpus", **columns)
         assert folder == str(tmp_path / "run" / "corpus")
 
-    monkeypatch.setattr(libreoffice_help, "make", make)
+    monkeypatch.setattr(libreoffice_help, "write_corpus", make)
     fields = config(corpus="libreoffice-help", pairs="en-de,fr-en")
     corpus = corpora.open_parallel(fields, str(tmp_path / "run"))
     assert made == [["de", "en", "fr"]]

