@@ -77,7 +77,6 @@ PENDING_EXAMPLES = {
 }
 # Files, or folders, which end in "/".
 PENDING_ANNOTATIONS = (
-    "moe_tf/data/",
     "moe_tf/decoding/",
     "moe_tf/dispatch/",
     "moe_tf/evaluation/",

@@ -1,4 +1,4 @@
-"""Streams sentences, one a line, from text files plain or gzipped."""
+"""Lines of plain or gzipped text files, one sentence a line."""
 
 import codecs
 import dataclasses
@@ -10,11 +10,12 @@ import os
 import zlib
 from collections.abc import Iterable
 from collections.abc import Iterator
+from typing import BinaryIO
 from typing import Protocol
 
 from absl import logging
 
-# A line of more bytes is skipped without being held in memory.
+# A longer line is skipped without being held in memory.
 MAX_LINE_BYTES = 1 << 20
 
 BLANK = "blank"
@@ -24,12 +25,12 @@ TOO_LONG = "too_long"
 
 @dataclasses.dataclass
 class LineReport:
-    """What became of the lines read so far.
+    """Counts of the lines read so far.
 
     Attributes:
-        lines: lines that can be used.
-        skipped: for each reason, the number of lines left out.
-        first: for each reason, the first such line as `file:line`.
+        lines: number of usable lines.
+        skipped: number of skipped lines by reason.
+        first: first skipped line by reason, as `file:line`.
     """
 
     lines: int = 0
@@ -39,11 +40,12 @@ class LineReport:
     first: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def skip(self, reason: str, place: str) -> None:
+        """Counts a skipped line, at `place`, such as `file:line`."""
         self.skipped[reason] += 1
         self.first.setdefault(reason, place)
 
     def log(self, split: str) -> None:
-        """Warns of every reason but blank lines."""
+        """Logs a warning for every reason but blank lines."""
         for reason, count in self.skipped.items():
             if count and reason != BLANK:
                 logging.warning(
@@ -57,7 +59,7 @@ class LineReport:
 
 
 class Source(Protocol):
-    """A part of a split that is read from its beginning to its end."""
+    """A part of a split, read as a whole."""
 
     name: str  # recorded beside the counts, so without folders
     size: int
@@ -65,12 +67,12 @@ class Source(Protocol):
     place: str  # where it is, for messages
 
     def raw_lines(self) -> Iterator[bytes | None]:
-        """Lines in order; `None` for one over `MAX_LINE_BYTES` bytes."""
+        """Yields lines in order; `None` for one over `MAX_LINE_BYTES`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TextFile:
-    """A text file; one whose name ends in `.gz` is decompressed."""
+    """A text file, gzipped if its name ends in `.gz`."""
 
     path: str
     field: str
@@ -105,16 +107,16 @@ class TextFile:
 
 
 def text_files(patterns: str, field: str) -> list[TextFile]:
-    """The files that comma-separated names or globs stand for, in order.
+    """Returns the files of comma-separated names and globs, in order.
 
     Args:
-        patterns: such as `"news.txt,more/*.gz"`. A glob's files are sorted.
+        patterns: such as `"news.txt,more/*.gz"`. Files of a glob are sorted.
         field: name of the setting, for messages.
 
     Raises:
         FileNotFoundError: a name without wildcards does not exist.
-        ValueError: nothing is named, a glob matches no file, a folder is
-            named, or a file is named twice.
+        ValueError: there is no name, a glob matches no file, a name is that
+            of a folder, or a file is named twice.
     """
     paths = []
     for pattern in filter(None, map(str.strip, (patterns or "").split(","))):
@@ -142,16 +144,16 @@ def usable_lines(
     max_words: int,
     report: LineReport | None = None,
 ) -> Iterator[bytes]:
-    """Yields the sentences of `sources`, leaving out what cannot be used.
+    """Yields the usable sentences of `sources`.
 
-    Words are what ASCII whitespace separates, as `tf.strings.split` has it.
-    Left out and counted are blank lines, lines that are not UTF-8, and
-    lines of more than `max_words` words or `MAX_LINE_BYTES` bytes. A byte
-    order mark before the first line is dropped.
+    Words are separated by ASCII whitespace, as in `tf.strings.split`. Skipped
+    and counted are blank lines, lines that are not UTF-8, and lines of more
+    than `max_words` words or `MAX_LINE_BYTES` bytes. A byte order mark before
+    the first line is dropped.
 
     Args:
         sources: read one after the other.
-        max_words: most words in a sentence.
+        max_words: maximal number of words in a sentence.
         report: optional `LineReport` to count in.
 
     Yields:
@@ -182,7 +184,7 @@ def usable_lines(
 
 
 def reason_to_skip(raw: bytes | None, max_words: int) -> str | None:
-    """The reason to leave out a line, `None` if it can be used."""
+    """Returns the reason to skip a line; `None` if it is usable."""
     if raw is None:
         return TOO_LONG
     num_words = len(raw.split())
@@ -195,8 +197,8 @@ def reason_to_skip(raw: bytes | None, max_words: int) -> str | None:
     return TOO_LONG if num_words > max_words else None
 
 
-def bounded_lines(file) -> Iterator[bytes | None]:
-    """Lines of a binary file; `None` for one over `MAX_LINE_BYTES` bytes."""
+def bounded_lines(file: BinaryIO) -> Iterator[bytes | None]:
+    """Yields lines of a file; `None` for one over `MAX_LINE_BYTES`."""
     while raw := file.readline(MAX_LINE_BYTES):
         if len(raw) < MAX_LINE_BYTES or raw.endswith(b"\n"):
             yield raw

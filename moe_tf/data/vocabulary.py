@@ -1,4 +1,4 @@
-"""Words as numbers, the most frequent first."""
+"""The vocabulary of a language model: words and their ids."""
 
 import collections
 import functools
@@ -12,30 +12,31 @@ from absl import logging
 
 from moe_tf import files
 from moe_tf import special_ids
+from moe_tf.types import Tensor
 
 
 class Vocabulary:
     """Maps words to ids and back.
 
-    Ids 0 to 3 are `<pad>`, `<UNK>`, `<S>` and `</S>`. The words follow by
-    decreasing count, ties by their bytes: a log-uniform sampler relies on
-    ids that grow as words get rarer. Words that are not listed map to
-    `<UNK>`, and so do the four names above where a text contains them.
+    Ids 0 to 3 are `<pad>`, `<UNK>`, `<S>` and `</S>`. Words follow by
+    decreasing count, and by their bytes if counts are equal: a log-uniform
+    sampler needs ids in the order of falling frequency. Other words map to
+    `<UNK>`, and so do the names of the four specials in a text.
 
     Args:
         words: str, the words from id 4 on.
     """
 
-    def __init__(self, words: Iterable[str]):
+    def __init__(self, words: Iterable[str]) -> None:
         self.words = special_ids.SPECIALS + tuple(words)
 
     @classmethod
     def build(cls, lines: Iterable[bytes], size: int) -> "Vocabulary":
-        """Lists the most frequent words of `lines`.
+        """Makes a vocabulary of the most frequent words of `lines`.
 
         Args:
             lines: sentences in UTF-8, words separated by ASCII whitespace.
-            size: most ids, the four specials among them.
+            size: maximal number of ids, the four specials included.
 
         Raises:
             ValueError: `size` leaves no room for a word.
@@ -46,8 +47,18 @@ class Vocabulary:
         return cls.from_counts(counts, size)
 
     @classmethod
-    def from_counts(cls, counts: Mapping[bytes, int], size: int):
-        """As `build`, from how often each word was seen."""
+    def from_counts(
+        cls, counts: Mapping[bytes, int], size: int
+    ) -> "Vocabulary":
+        """Makes a vocabulary of the most frequent words.
+
+        Args:
+            counts: number of occurrences by word.
+            size: maximal number of ids, the four specials included.
+
+        Raises:
+            ValueError: `size` leaves no room for a word.
+        """
         if size <= len(special_ids.SPECIALS):
             raise ValueError(
                 "`data.vocabulary_size` must be over "
@@ -75,7 +86,7 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """Number of ids, the four specials among them."""
+        """Number of ids, the four specials included."""
         return len(self.words)
 
     @functools.cached_property
@@ -113,8 +124,10 @@ class Vocabulary:
             )
         return cls(words[len(special_ids.SPECIALS) :])
 
-    def encode(self, words):
-        """Looks up words; works inside `tf.data`.
+    def encode(
+        self, words: Tensor | tf.RaggedTensor
+    ) -> tf.Tensor | tf.RaggedTensor:
+        """Looks up the ids of words, also inside `tf.data`.
 
         Args:
             words: string tensor or ragged tensor of any shape.
@@ -124,8 +137,8 @@ class Vocabulary:
         """
         return self._table.lookup(words)
 
-    def decode(self, ids) -> list[str]:
-        """The word of each id, specials by their names.
+    def decode(self, ids: Iterable[int]) -> list[str]:
+        """Returns the word of each id, and the names of specials.
 
         Raises:
             ValueError: an id is not in the vocabulary.
@@ -139,8 +152,8 @@ class Vocabulary:
                 )
         return [self.words[i] for i in ids]
 
-    def sentence(self, ids) -> str:
-        """The words up to the first `</S>`, without `<S>` and padding."""
+    def sentence(self, ids: Iterable[int]) -> str:
+        """Returns the words before `</S>`, without `<S>` and padding."""
         ids = [int(i) for i in ids]
         if special_ids.END in ids:
             ids = ids[: ids.index(special_ids.END)]
@@ -161,7 +174,7 @@ class Vocabulary:
 
     @functools.cached_property
     def _table(self):
-        # Made once, outside any graph being traced and off any accelerator.
+        # Made once, on the CPU, and outside of any graph being traced.
         with tf.init_scope(), tf.device("CPU:0"):
             keys = tf.constant(
                 self.words[len(special_ids.SPECIALS) :], tf.string

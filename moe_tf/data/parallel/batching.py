@@ -1,4 +1,4 @@
-"""Batches of sentence pairs of similar length, in an order fixed by a seed."""
+"""Batches of sentence pairs of similar length, in a seeded order."""
 
 import functools
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ def num_batches(
     pair: str | None = None,
     rows_multiple: int | None = None,
 ) -> int:
-    """Number of batches of one pass for evaluation; see `batches`."""
+    """Returns the number of batches of an evaluation pass; see `batches`."""
     plan = batch_plan.BatchPlan(
         prepared, split, batch_tokens, pair, rows_multiple
     )
-    return plan.num_batches(plan.all)
+    return plan.num_batches(plan.all_indices)
 
 
 def batches_in_first_pass(
@@ -34,9 +34,9 @@ def batches_in_first_pass(
     *,
     rows_multiple: int | None = None,
 ) -> int:
-    """Number of batches of the first pass of training; see `batches`.
+    """Returns the number of batches of the first training pass.
 
-    Without weights in `data.pairs`, all passes have as many.
+    All passes have the same number if `data.pairs` has no weights.
     """
     plan = batch_plan.BatchPlan(
         prepared, "train", batch_tokens, None, rows_multiple
@@ -55,42 +55,42 @@ def batches(
     rows_multiple: int | None = None,
     training: bool | None = None,
 ) -> tf.data.Dataset:
-    """Batches for a translation model.
+    """Makes the batches of a translation model.
 
-    Pairs of similar length make a batch: it is padded to the length
-    (`batch_plan.padded_length`) of the longer side, and has `batch_tokens //
-    length` rows. All batches of one length have equally many rows, so there
-    are as many shapes as lengths; where pairs run out, the last rows are
-    all padding, with weights of 0.
+    A batch holds pairs of similar length, padded to the length
+    (`batch_plan.padded_length`) of the longer side, in `batch_tokens //
+    length` rows. All batches of one length have the same number of rows, so
+    the number of shapes is the number of lengths. Where pairs run out, the
+    last rows are all padding, with weights of 0.
 
-    Training is an endless stream of passes, each of as many pairs as the
-    split has. Where `data.pairs` has weights, a language pair has its share
-    of every pass, and goes through all of its sentences before any comes
-    again. Batch `i` of the stream is a function of `seed` and `i` alone:
-    `start_step` resumes exactly, in this process or another. Evaluation is
-    one pass from short to long, with every pair once.
+    Training is an endless stream of passes, each with as many pairs as the
+    split. Where `data.pairs` has weights, each language pair has its fraction
+    of every pass, and repeats no sentence before all have been used. Batch `i`
+    of the stream depends on `seed` and `i` alone: `start_step` resumes
+    exactly, in this process or another. Evaluation is one pass from short to
+    long, with every pair once.
 
     Args:
-        prepared: see `pairs.prepare`.
+        prepared: `PreparedPairs`.
         split: `"train"`, `"validation"` or `"test"`.
-        batch_tokens: int, most positions of one side in a batch; a batch of
-            a single pair may be longer. With a multiple of 384 all batches
+        batch_tokens: int, maximal positions of one side in a batch; a batch
+            of a single pair may be longer. With a multiple of 384 all batches
             of up to 128 positions are full.
         seed: int, not negative; for training.
-        start_step: int, number of batches to leave out; for training.
+        start_step: int, number of batches to skip; for training.
         pair: optional name of the one language pair to read.
-        rows_multiple: optional int, by which the number of rows of each
-            batch can be divided, for a mesh or groups of tokens; a batch
-            then may hold as many that are longer than `batch_tokens`.
+        rows_multiple: optional int that divides the number of rows of each
+            batch, for a mesh or token groups. A batch may then exceed
+            `batch_tokens`.
         training: bool. Defaults to whether `split` is `"train"`.
 
     Returns:
         A dataset of `(inputs, targets, weights)`. `inputs` is a dictionary
-        of int32 `(B, L)`: `source` is the symbol of the target language, if
-        there are several, the pieces and `</S>`; `tokens` is `<S>` and the
-        pieces of the target; `targets` those pieces and `</S>`. All are
-        padded with 0. `targets` is the same again. `weights` is float32
-        `(B, L)`, 1 where `targets` is not padding.
+        of int32 `(B, L)`, padded with 0: `source` is the symbol of the target
+        language, if there are several, the pieces and `</S>`; `tokens` is
+        `<S>` and the pieces of the target; `targets` is the pieces of the
+        target and `</S>`. The dataset's `targets` equals the one in `inputs`.
+        `weights` is float32 `(B, L)`, 1 where `targets` is not padding.
 
     Raises:
         ValueError: an argument cannot be used.
@@ -106,9 +106,9 @@ def batches(
         prepared, split, batch_tokens, pair, rows_multiple
     )
     if training:
-        planned = functools.partial(plan.training, seed, start_step)
+        planned = functools.partial(plan.training_batches, seed, start_step)
     else:
-        planned = plan.evaluation
+        planned = plan.evaluation_batches
     ids = tf.TensorSpec((None, None), tf.int32)
     names = ("source", "tokens", "targets")
     dataset = tf.data.Dataset.from_generator(
@@ -122,52 +122,29 @@ def batches(
     return dataset.prefetch(2)
 
 
-def encode_sources(
-    prepared: preparation.PreparedPairs,
-    texts: Sequence[bytes | str],
-    language: str | None = None,
-    num_rows: int | None = None,
-) -> np.ndarray:
-    """What a model reads to translate given sentences, in their order.
-
-    Args:
-        prepared: see `pairs.prepare`.
-        texts: sentences, at least one.
-        language: the target language; may be left out if there is one.
-        num_rows: optional int, not below the number of sentences: as many
-            rows are there, the last all padding.
-
-    Returns:
-        int32 `(B, S)`, padded as `batches` does.
-
-    Raises:
-        ValueError: the language is not one of `data.pairs`.
-    """
-    rows = _sources(prepared, texts, language)
-    length = batch_plan.padded_length(max(map(len, rows)))
-    return _padded(rows, num_rows, length)
-
-
 def encode_pairs(
     prepared: preparation.PreparedPairs,
     sources: Sequence[bytes | str],
     targets: Sequence[bytes | str],
     language: str | None = None,
     num_rows: int | None = None,
-):
-    """One batch of given sentence pairs, in their order; see `batches`.
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Makes one batch of given sentence pairs, in their order.
 
     Args:
-        prepared: see `pairs.prepare`.
+        prepared: `PreparedPairs`.
         sources: sentences, at least one.
-        targets: as many sentences.
-        language: the targets' language; may be left out if there is one.
-        num_rows: optional int, not below the number of sentences: as many
-            rows are there, the last all padding.
+        targets: sentences, one for each source.
+        language: language of the targets; optional if there is only one.
+        num_rows: optional int, number of rows, at least the number of
+            sentences. Further rows are all padding.
+
+    Returns:
+        `(inputs, targets, weights)`, as `batches` has them.
 
     Raises:
-        ValueError: the language is not one of `data.pairs`, or there are
-            not as many targets as sources.
+        ValueError: the language is not one of `data.pairs`, or `targets` has
+            another length than `sources`.
     """
     if len(sources) != len(targets):
         raise ValueError(
@@ -188,12 +165,12 @@ def encode_pairs(
 
 
 def _read(plan, batch: batch_plan.PlannedBatch):
-    """The arrays of a batch."""
+    """Makes the arrays of a planned batch."""
     shape = (batch.num_rows, batch.length)
     source, tokens, targets = (
         np.full(shape, special_ids.PAD, np.int32) for _ in range(3)
     )
-    for place, rows, within in plan.by_language_pair(batch.numbers):
+    for place, rows, within in plan.by_language_pair(batch.indices):
         store, prefix = plan.stores[place], plan.prefixes[place]
         offsets = store.offsets[within]
         source_lengths, target_lengths = store.lengths[within].T
@@ -209,7 +186,7 @@ def _read(plan, batch: batch_plan.PlannedBatch):
 
 
 def _copy(ids, offsets, lengths, to, rows, column):
-    """Writes `ids[offset : offset + length]` into rows, from a column on."""
+    """Copies `ids[offset : offset + length]` to rows, from a column on."""
     ends = np.cumsum(lengths)
     steps = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
     pieces = ids[np.repeat(offsets, lengths) + steps]

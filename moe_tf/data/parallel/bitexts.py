@@ -1,4 +1,4 @@
-"""Lines of two languages, read side by side."""
+"""Bitexts: parallel text in two languages, read line by line."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ from moe_tf.data import lines
 
 RawPair = tuple[bytes | None, bytes | None]
 
-# What the other side has where one ran out.
+# Stands for a line of the shorter side after its end.
 _NO_LINE = object()
 
 
@@ -23,7 +23,7 @@ class Bitext(Protocol):
     sizes: list[tuple[str, int]]  # names without folders, and sizes
 
     def raw_pairs(self) -> Iterator[RawPair]:
-        """Pairs in order; `None` for a line that is too long to hold."""
+        """Yields pairs in order; `None` for a line of too many bytes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class TextFiles:
         return [(file.name, file.size) for file in (self.source, self.target)]
 
     def raw_pairs(self) -> Iterator[RawPair]:
-        """As `Bitext`.
+        """Yields pairs in order; `None` for a line of too many bytes.
 
         Raises:
             ValueError: the files have different numbers of lines, or one is
@@ -71,10 +71,10 @@ class TextFiles:
 
 @dataclasses.dataclass(frozen=True)
 class AlignedFolder:
-    """The lines of one split in a folder of `libreoffice_help`.
+    """One split of a folder that `libreoffice_help` wrote.
 
-    `meta.tsv.gz` says of each line to which split it belongs; where a line
-    of `xx.txt.gz` is empty, it is not translated.
+    `meta.tsv.gz` has the split of each line. An empty line of a language's
+    `.txt.gz` has no translation.
     """
 
     folder: str
@@ -103,7 +103,7 @@ class AlignedFolder:
         ]
 
     def raw_pairs(self) -> Iterator[RawPair]:
-        """As `Bitext`.
+        """Yields pairs in order; `None` for a line of too many bytes.
 
         Raises:
             ValueError: the files have different numbers of lines, or one is

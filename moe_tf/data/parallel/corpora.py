@@ -1,4 +1,4 @@
-"""Opens the parallel text that `config.data` names, pair by pair."""
+"""Opens the parallel corpora that `config.data` names."""
 
 import codecs
 import collections
@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 
+import ml_collections
 from absl import logging
 
 from moe_tf.data import lines
@@ -26,12 +27,12 @@ _PAIR = re.compile(rf"({_LANGUAGE})-({_LANGUAGE})(?::(.*))?")
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A source and a target language.
+    """A language pair: a source and a target language.
 
     Attributes:
         source: name of the source language, such as `"en"`.
         target: name of the target language, such as `"pt-BR"`.
-        weight: the pair's part of training, relative to the other pairs';
+        weight: weight of the pair in training, relative to the other pairs;
             `None` stands for the number of its sentences.
     """
 
@@ -50,17 +51,17 @@ class ParallelCorpus:
 
     Attributes:
         pairs: the language pairs, in order.
-        bitexts: by name of a pair and split, its `bitexts.Bitext`s in order.
+        bitexts: list of `bitexts.Bitext`s by name of a pair and split.
     """
 
     pairs: list[Pair]
     bitexts: dict[tuple[str, str], list[bitexts.Bitext]]
 
     def pair(self, name: str) -> Pair:
-        """The pair of this name.
+        """Returns the language pair of a name.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is no such pair.
         """
         for pair in self.pairs:
             if pair.name == name:
@@ -78,9 +79,9 @@ class ParallelCorpus:
     ) -> Iterator[tuple[bytes, bytes]]:
         """Yields the usable sentence pairs of a split.
 
-        Left out and counted are pairs of which a side is blank, is not UTF-8
-        or has over `lines.MAX_LINE_BYTES` bytes. Lines end with `\\n` or
-        `\\r\\n` alone.
+        A pair is skipped and counted if one side is blank, is not UTF-8 or
+        has over `lines.MAX_LINE_BYTES` bytes. Lines end only with `\\n` or
+        `\\r\\n`.
 
         Args:
             pair: one of `pairs`.
@@ -88,8 +89,8 @@ class ParallelCorpus:
             report: optional `LineReport` to count in.
 
         Yields:
-            Source and target as bytes of UTF-8, without ASCII whitespace
-            around.
+            Source and target as bytes of UTF-8, without leading or trailing
+            ASCII whitespace.
 
         Raises:
             ValueError: files differ in their numbers of lines, are broken,
@@ -102,12 +103,12 @@ class ParallelCorpus:
                 yield both
 
     def texts(self, split: str) -> Iterator[bytes]:
-        """Yields the lines of both sides of all pairs, as `lines` does.
+        """Yields the usable lines of both sides of all pairs.
 
-        A text that pairs share, such as the English of en-de and en-fr,
-        comes once.
+        A text that several pairs share, such as the English of en-de and
+        en-fr, is read once.
         """
-        # For each text, a byte for each line: whether it was there.
+        # For each text, a byte for each line: 1 if it was yielded.
         read = collections.defaultdict(bytearray)
         for bitext in itertools.chain.from_iterable(
             self.bitexts[pair.name, split] for pair in self.pairs
@@ -121,7 +122,7 @@ class ParallelCorpus:
                         yield line
 
     def sizes(self, pair: Pair, split: str) -> list[tuple[str, int]]:
-        """Name and size of every source of a split, in order."""
+        """Returns name and size of every source of a split, in order."""
         return [
             named
             for bitext in self.bitexts[pair.name, split]
@@ -129,8 +130,10 @@ class ParallelCorpus:
         ]
 
 
-def open_parallel(data_config, workdir: str) -> ParallelCorpus:
-    """Finds the text of `data_config.corpus` for `data_config.pairs`.
+def open_parallel(
+    data_config: ml_collections.ConfigDict, workdir: str
+) -> ParallelCorpus:
+    """Opens the corpus `data_config.corpus` for `data_config.pairs`.
 
     | `corpus` | text |
     | --- | --- |
@@ -139,8 +142,9 @@ def open_parallel(data_config, workdir: str) -> ParallelCorpus:
     | `"tfds:NAME"` | a translation set of tensorflow_datasets, such as `tfds:wmt14_translate/fr-en`, kept in `path` if given |
 
     Args:
-        data_config: has `corpus`, `pairs` and what the table names. `pairs`
-            is such as `"en-de,de-en"`, or `"en-de:2,en-fr:1"` with weights.
+        data_config: has `corpus`, `pairs` and the fields in the table.
+            Examples of `pairs` are `"en-de,de-en"`, and with weights
+            `"en-de:2,en-fr:1"`.
         workdir: folder of the run.
 
     Raises:
@@ -165,36 +169,36 @@ def open_parallel(data_config, workdir: str) -> ParallelCorpus:
 
 
 def parse_pairs(pairs: str) -> list[Pair]:
-    """The language pairs that `data.pairs` lists.
+    """Parses the language pairs of `data.pairs`.
 
     Args:
         pairs: such as `"en-de,en-pt-BR"`, or with weights
             `"en-de:2,en-pt-BR:1"`.
 
     Raises:
-        ValueError: none is listed, one is listed twice, is not of two
-            languages, or has a weight that is not above 0; or only some have
-            a weight.
+        ValueError: there is no pair, a pair is listed twice, is not of two
+            languages, or has a weight that is not above 0; or only some pairs
+            have a weight.
     """
-    found = []
+    parsed = []
     for part in filter(None, map(str.strip, (pairs or "").split(","))):
         pair = _parse_pair(part)
-        if pair.name in [other.name for other in found]:
+        if pair.name in [other.name for other in parsed]:
             raise ValueError(
                 f"`data.pairs` lists {pair.name} twice. Received: {pairs!r}"
             )
-        found.append(pair)
-    if not found:
+        parsed.append(pair)
+    if not parsed:
         raise ValueError(
             "`data.pairs` must list at least one language pair, such as "
             f"'en-de' or 'en-de,en-fr'. Received: {pairs!r}"
         )
-    if len({pair.weight is None for pair in found}) > 1:
+    if len({pair.weight is None for pair in parsed}) > 1:
         raise ValueError(
             "`data.pairs` must give all pairs a weight or none, whose weight "
             f"is the number of their sentences. Received: {pairs!r}"
         )
-    return found
+    return parsed
 
 
 def _parse_pair(text):
@@ -225,7 +229,7 @@ def _parse_pair(text):
 
 
 def _usable(bitext, report):
-    """Yields the numbers and sides of pairs that can be used."""
+    """Yields the line number and both sides of each usable pair."""
     before = report.lines
     for number, pair in enumerate(bitext.raw_pairs(), start=1):
         if number == 1:
@@ -233,7 +237,7 @@ def _usable(bitext, report):
                 raw and raw.removeprefix(codecs.BOM_UTF8) for raw in pair
             )
         for raw, place in zip(pair, bitext.places, strict=True):
-            if reason := _why_unusable(raw):
+            if reason := _reason_to_skip(raw):
                 report.skip(reason, f"{place}:{number}")
                 break
         else:
@@ -247,7 +251,7 @@ def _usable(bitext, report):
         )
 
 
-def _why_unusable(raw):
+def _reason_to_skip(raw):
     if raw is None:
         return lines.TOO_LONG
     try:
@@ -304,7 +308,7 @@ def _text_files(data_config, pair, split):
 
 
 def _filled(patterns, pair, language):
-    """`patterns` for a language; a folder may name the pair either way."""
+    """Fills in a language and the pair, in the order that files have."""
     filled = []
     for pattern in patterns.replace("{lang}", language).split(","):
         names = [pair.name, f"{pair.target}-{pair.source}"]
@@ -342,7 +346,7 @@ def _open_tfds(data_config, pairs):
         import tensorflow_datasets as tfds
 
         builder = tfds.builder(name, data_dir=data_config.path or None)
-        builder.download_and_prepare()  # at once if it is there
+        builder.download_and_prepare()  # returns at once if it is there
     except ImportError as error:
         raise ImportError(
             f"`data.corpus`={data_config.corpus!r} needs tensorflow_datasets "

@@ -1,4 +1,4 @@
-"""Gets Debian packages and reads the files inside, without installing."""
+"""Downloads Debian packages and reads their files, without installing."""
 
 import io
 import lzma
@@ -14,11 +14,11 @@ _MAGIC = b"!<arch>\n"
 
 
 def download_packages(names: Sequence[str], folder: str) -> None:
-    """Lets `apt-get download` put packages into a folder; needs no root.
+    """Downloads packages to a folder with `apt-get download`, without root.
 
     Raises:
         FileNotFoundError: the machine has no apt-get.
-        OSError: apt-get failed; the message has what it said.
+        OSError: apt-get failed; the message has its output.
     """
     by_hand = (
         "Or get the .deb files on another machine, and give their folder to "
@@ -47,31 +47,31 @@ def download_packages(names: Sequence[str], folder: str) -> None:
 
 
 def find_package(name: str, folder: str) -> str:
-    """The path of the one `<name>_<version>_<architecture>.deb` in a folder.
+    """Returns the path of `<name>_<version>_<architecture>.deb` in a folder.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such file.
         ValueError: there are several.
     """
-    found = [
+    paths = [
         os.path.join(folder, file)
         for file in sorted(os.listdir(folder))
         if re.fullmatch(rf"{re.escape(name)}_.*\.deb", file)
     ]
-    if not found:
+    if not paths:
         raise FileNotFoundError(
             f"{folder} lacks the package {name}: a file {name}_*.deb."
         )
-    if len(found) > 1:
-        raise ValueError(f"{folder} has several versions of {name}: {found}")
-    return found[0]
+    if len(paths) > 1:
+        raise ValueError(f"{folder} has several versions of {name}: {paths}")
+    return paths[0]
 
 
 def read_files(path: str) -> Iterator[tuple[str, bytes]]:
     """Yields the name and the bytes of every regular file in a package.
 
     Raises:
-        ValueError: the file is no whole package, or is compressed with what
+        ValueError: the file is not a whole package, or has a compression that
             Python cannot read.
     """
     with open(path, "rb") as file:
@@ -90,7 +90,7 @@ def read_files(path: str) -> Iterator[tuple[str, bytes]]:
 
 
 def _data(file, path):
-    """Name and bytes of the member `data.tar.*` of the `ar` archive."""
+    """Returns name and bytes of `data.tar.*` in the `ar` archive."""
     if file.read(len(_MAGIC)) == _MAGIC:
         while len(header := file.read(60)) == 60:
             name = header[:16].decode("ascii", "replace").strip().rstrip("/")

@@ -2,15 +2,15 @@
 
     python -m moe_tf.data.parallel.libreoffice_help --languages=de,fr --out=DIR
 
-gets Debian's packages `libreoffice-help-*` with apt-get, without installing
-them, and aligns the paragraphs, whose ids are the same in all languages. Text
-of LibreOffice 7.4 gives 28,691 English lines of 16 words; 14 to 28 thousand
-are translated, by language. The text is under the MPL-2.0.
+downloads Debian's packages `libreoffice-help-*` with apt-get, without
+installing them, and aligns the paragraphs by their ids, which are the same in
+all languages. LibreOffice 7.4 gives 28,691 English lines of 16 words, of which
+14 to 28 thousand are translated, by language. The text is under the MPL-2.0.
 
-The folder has a `<language>.txt.gz` for each language and for `en`, a
-paragraph a line, line by line the same paragraph in all. An empty line is
-not translated. `meta.tsv.gz` has the split (`train`, `dev`, `test`), the page
-and the paragraph's id of each line.
+The folder has a `<language>.txt.gz` for each language and for `en`, with one
+paragraph a line. Lines of the same number are translations of each other; an
+empty line has no translation. `meta.tsv.gz` has the split (`train`, `dev`,
+`test`), the page and the paragraph's id of each line.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from moe_tf.data.parallel import debian_packages
 
 ENGLISH = "en"
 
-# Hundredths of the pages that go to test, and to both held-out splits.
+# Percentages of the pages: in test, and in test and dev together.
 _TEST, _HELD_OUT = 2, 4
 
 _PAGE = re.compile(r"usr/share/libreoffice/help/([^/]+)/text/(.+)\.html")
@@ -39,7 +39,7 @@ _PARAGRAPH = re.compile(
     r'<(p|h\d)\b[^>]*?\bid="((?:par|hd)_id[^"]*)"[^>]*>(.*?)</\1>', re.DOTALL
 )
 _SPAN = re.compile(r"<span\b[^>]*>|</span>")
-# What other systems than the default show, such as keys of a Mac.
+# Text for another than the default system, such as the keys of a Mac.
 _HIDDEN = re.compile(r'(?=.*hidden="true")(?!.*\bid="default)', re.DOTALL)
 _BREAK = re.compile(r"<br\s*/?>")
 _TAG = re.compile(r"<[^>]*>")
@@ -48,7 +48,7 @@ _APPLICATION_SWITCH = 'id="swlnappl'
 
 
 def languages_of(folder: str) -> list[str]:
-    """The languages of a folder that `make` made, sorted."""
+    """Returns the languages in a folder of `write_corpus`, sorted."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return sorted(
         name.removesuffix(".txt.gz")
@@ -58,11 +58,11 @@ def languages_of(folder: str) -> list[str]:
 
 
 def check_language(language: str, folder: str) -> None:
-    """Raises an error unless a folder that `make` made has `language`.
+    """Checks that a folder of `write_corpus` has a language.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it lacks the language.
+        ValueError: the folder lacks the language.
     """
     if not os.path.exists(_meta(folder)):
         raise FileNotFoundError(
@@ -70,29 +70,30 @@ def check_language(language: str, folder: str) -> None:
             "moe_tf.data.parallel.libreoffice_help` made, with a meta.tsv.gz. "
             f"Received: {folder!r}"
         )
-    if language not in (found := languages_of(folder)):
+    languages = languages_of(folder)
+    if language not in languages:
         raise ValueError(
-            f"`data.pairs` names {language!r}, but {folder} has {found}."
+            f"`data.pairs` names {language!r}, but {folder} has {languages}."
         )
 
 
 def write_corpus(
     languages: Sequence[str], folder: str, packages: str | None = None
 ) -> None:
-    """Writes the languages and English to a folder, if they are not there.
+    """Writes the corpus in some languages and English to a folder.
 
-    If one is not, all that are there are made anew, so that all are of the
-    same version.
+    Nothing is done if all these languages are there. Otherwise all languages
+    in the folder are written again, from packages of the same version.
 
     Args:
         languages: such as `["de", "pt-BR"]`.
-        folder: made if need be.
+        folder: made if it does not exist.
         packages: optional folder of `.deb` files, instead of a download.
 
     Raises:
         FileNotFoundError: there is no apt-get, or `packages` lacks a package.
         OSError: a package cannot be downloaded, or the disk is full.
-        ValueError: a language has no translation of its own, or a package
+        ValueError: Debian has no translation to a language, or a package
             cannot be read or has another layout.
     """
     if "sk" in languages:
@@ -126,26 +127,26 @@ def _package(language):
 
 
 def _write(paths, folder):
-    """Aligns the packages at `paths` and writes `folder`."""
+    """Aligns the packages at `paths`, by language, and writes `folder`."""
     english = dict(_paragraphs(paths[ENGLISH]))
-    rows = list(_kept(english))
+    rows = list(_prose(english))
     if not rows:
         raise ValueError(
             f"{paths[ENGLISH]} has no paragraph where LibreOffice 7.4 has "
             "them: its layout is another."
         )
     os.makedirs(folder, exist_ok=True)
-    # Not there until all else is: a folder without it is made again.
+    # Written last: a folder without it is written again.
     with contextlib.suppress(FileNotFoundError):
         os.remove(_meta(folder))
     texts = [english[row] for row in rows]
     for language, path in paths.items():
         lines = texts
         if language != ENGLISH:
-            found = dict(_paragraphs(path))
-            # What is the same as in English is not translated.
+            translated = dict(_paragraphs(path))
+            # A text that equals the English is not translated.
             lines = [
-                "" if found.get(row) == text else found.get(row, "")
+                "" if translated.get(row) == text else translated.get(row, "")
                 for row, text in zip(rows, texts, strict=True)
             ]
         _write_lines(os.path.join(folder, f"{language}.txt.gz"), lines)
@@ -163,15 +164,15 @@ def _write(paths, folder):
 
 
 def split_of(page: str) -> str:
-    """The split of a help page, such as `"swriter/guide/text_rotate"`."""
+    """Returns the split of a page such as `"swriter/guide/text_rotate"`."""
     hundredth = int(hashlib.md5(page.encode()).hexdigest(), 16) % 100
     if hundredth < _TEST:
         return "test"
     return "dev" if hundredth < _HELD_OUT else "train"
 
 
-def _kept(english) -> Iterator[tuple[str, str]]:
-    """The paragraphs of prose, of equal ones the first, page by page."""
+def _prose(english) -> Iterator[tuple[str, str]]:
+    """Yields the first of equal paragraphs of prose, page by page."""
     seen = set()
     for (page, name), text in sorted(
         english.items(), key=lambda item: _place(item[0][0])
@@ -184,13 +185,13 @@ def _kept(english) -> Iterator[tuple[str, str]]:
 
 
 def _place(page):
-    """Sorts the pages of a folder before those of the folders inside."""
+    """Returns a sort key: pages of a folder come before its subfolders."""
     *folders, name = page.split("/")
     return [(1, folder) for folder in folders] + [(0, f"{name}.html")]
 
 
 def _paragraphs(path) -> Iterator[tuple[tuple[str, str], str]]:
-    """Page, id and text of the paragraphs of a package, each id once."""
+    """Yields page, id and text of a package's paragraphs, each id once."""
     for name, data in debian_packages.read_files(path):
         if not (match := _PAGE.fullmatch(name)):
             continue
@@ -206,9 +207,9 @@ def _paragraphs(path) -> Iterator[tuple[tuple[str, str], str]]:
 
 
 def _text(inside: str) -> str:
-    """What the default system shows of the inside of a paragraph."""
+    """Returns the text of a paragraph that the default system shows."""
     visible = []
-    hides = []  # of each span that is open
+    hides = []  # for each open span, whether it hides its text
     position = 0
     for match in _SPAN.finditer(inside):
         if not any(hides):
@@ -230,7 +231,7 @@ def _write_lines(path, lines):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command; see the top of this file."""
+    """Runs the command of the module's docstring."""
     parser = argparse.ArgumentParser(
         prog="python -m moe_tf.data.parallel.libreoffice_help",
         description="Makes parallel text of LibreOffice's help.",

@@ -1,17 +1,17 @@
-"""Encodes a parallel corpus once, and remembers it in the run's folder."""
+"""Encodes a parallel corpus once, and keeps it in the run's folder."""
 
 import dataclasses
 import itertools
-import json
 import os
 
+import ml_collections
 import numpy as np
 from absl import logging
 
 from moe_tf import checks
-from moe_tf import files
 from moe_tf import special_ids
 from moe_tf.data import lines
+from moe_tf.data import record as records
 from moe_tf.data.parallel import corpora
 from moe_tf.data.parallel import store as pair_store
 from moe_tf.data.parallel import wordpieces as wordpieces_lib
@@ -26,15 +26,15 @@ _SETTINGS = ("corpus", "vocabulary_size", "max_pieces")
 
 @dataclasses.dataclass(frozen=True)
 class PairStatistics:
-    """What one pass over a language pair's split found.
+    """Counts of one split of a language pair.
 
     Attributes:
         sources: name and size of every source, in order.
         pairs: sentence pairs that can be used.
-        source_pieces: their source pieces, each sentence's end counted.
-        target_pieces: their target pieces, each sentence's end counted.
+        source_pieces: pieces of all sources, each sentence's end counted.
+        target_pieces: pieces of all targets, each sentence's end counted.
         unknown_pieces: pieces of both sides that are `<UNK>`.
-        longest: most pieces of a side, its end counted.
+        longest: pieces of the longest side, its end counted.
         skipped: for each reason, the number of pairs left out.
     """
 
@@ -47,25 +47,25 @@ class PairStatistics:
     skipped: dict[str, int]
 
     def to_json(self) -> dict:
-        """A dictionary for `json.dump`."""
+        """Returns a dictionary for `json.dump`."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, fields: dict) -> "PairStatistics":
-        """Undoes `to_json`, also after a trip through a file."""
+        """Makes statistics of what `to_json` returned, or JSON made of it."""
         sources = [tuple(source) for source in fields["sources"]]
         return cls(**{**fields, "sources": sources})
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedPairs:
-    """A parallel corpus that is encoded.
+    """An encoded parallel corpus.
 
     Attributes:
-        corpus: `parallel.ParallelCorpus`.
-        wordpieces: `Wordpieces`, learned on the train split of all pairs.
-        statistics: by split and name of a pair, its `PairStatistics`.
-        stores: by split and name of a pair, its `pair_store.PairStore`.
+        corpus: `corpora.ParallelCorpus`.
+        wordpieces: the tokenizer, learned on the train split of all pairs.
+        statistics: `PairStatistics` by split and name of a pair.
+        stores: `PairStore` by split and name of a pair.
     """
 
     corpus: corpora.ParallelCorpus
@@ -74,10 +74,10 @@ class PreparedPairs:
     stores: dict[str, dict[str, pair_store.PairStore]]
 
     def source_prefix(self, language: str | None = None) -> tuple[int, ...]:
-        """Ids before a source that is to be translated to `language`.
+        """Returns the ids that precede a source to be translated.
 
-        Where all pairs have the same target language there are none, and
-        `language` may be left out.
+        Without several target languages there are none, and `language` is
+        optional. With several the prefix is the symbol of `language`.
 
         Raises:
             ValueError: the language is not known, or must be given.
@@ -97,36 +97,38 @@ class PreparedPairs:
         return (self.wordpieces.language_id(language),)
 
 
-def prepare_pairs(data_config, workdir: str) -> PreparedPairs:
+def prepare_pairs(
+    data_config: ml_collections.ConfigDict, workdir: str
+) -> PreparedPairs:
     """Builds or loads `wordpieces.model`, `pairs/` and `data.json` of a run.
 
     The first call in a `workdir` learns wordpieces from both sides of all
-    train pairs (a text that several pairs share is read once, and of more
-    than `wordpieces.MOST_LINES` lines a sample is taken) and encodes every
-    split. Later calls load what it wrote, and refuse to go on if that no
-    longer fits. Of the sources they compare names and sizes, not contents.
+    train pairs and encodes every split. A text that several pairs share is
+    read once, and of more than `wordpieces.MAX_LINES` lines a sample is taken.
+    Later calls load the files of the first call, and raise if settings or
+    sources differ. Names and sizes of the sources are compared, not their
+    contents.
 
-    Train pairs of which a side has more than `max_pieces` pieces, its end
-    and the symbol of the target language counted, are left out and counted.
-    The other splits keep them.
+    A train pair is skipped and counted if one side has more than `max_pieces`
+    pieces, the end and the symbol of the target language included. The other
+    splits keep such pairs.
 
     Args:
-        data_config: see `parallel.open_parallel`; besides, `vocabulary_size`
-            is the number of wordpieces, symbols included, and `max_pieces`
-            as above.
+        data_config: the fields of `corpora.open_parallel`, `max_pieces`, and
+            `vocabulary_size`, the number of wordpieces, symbols included.
         workdir: folder of the run, made if need be.
 
     Raises:
         ValueError: a setting, a source or a file in `workdir` has changed
             since the first call, or a source or setting cannot be used.
-        FileNotFoundError, ImportError: see `parallel.open_parallel`.
+        FileNotFoundError, ImportError: see `corpora.open_parallel`.
         OSError: `workdir` cannot be written.
     """
     checks.at_least("data.max_pieces", data_config.max_pieces, 2)
     corpus = corpora.open_parallel(data_config, workdir)
-    if os.path.exists(os.path.join(workdir, "data.json")):
+    if records.is_recorded(workdir):
         return _load(data_config, workdir, corpus)
-    for split in ("validation", "test"):  # mistakes first, not last
+    for split in ("validation", "test"):  # to report mistakes early
         for pair in corpus.pairs:
             for _ in corpus.lines(pair, split):
                 pass
@@ -153,7 +155,7 @@ def prepare_pairs(data_config, workdir: str) -> PreparedPairs:
 
 
 class _Encoder:
-    """Encodes one split of a language pair, and counts as it goes."""
+    """Encodes one split of a language pair, and counts its pieces."""
 
     def __init__(self, corpus, pair, split, wordpieces, max_pieces):
         self.corpus = corpus
@@ -170,7 +172,7 @@ class _Encoder:
         """Yields ids and lengths for `PairStore.write`."""
         rows = self.corpus.lines(self.pair, self.split, self.report)
         while chunk := list(itertools.islice(rows, _CHUNK)):
-            # Source after target after source, as the file has them.
+            # Sources and targets alternate, as in the store.
             ids, lengths = self.wordpieces.encode_lines(
                 list(itertools.chain.from_iterable(chunk))
             )
@@ -191,19 +193,19 @@ class _Encoder:
             yield ids, lengths
 
     def _without_long(self, ids, lengths):
-        # The ends of both sides, and the symbol before the source.
+        # Room for the ends of both sides, and the symbol before the source.
         has_symbol = bool(self.wordpieces.languages)
-        most = self.max_pieces - 1 - np.array([has_symbol, False])
-        kept = (lengths <= most).all(axis=1)
+        max_lengths = self.max_pieces - 1 - np.array([has_symbol, False])
+        kept = (lengths <= max_lengths).all(axis=1)
         first = self.report.lines - len(kept) + 1
         for number in first + np.flatnonzero(~kept):
             self.report.skip(TOO_MANY_PIECES, f"usable pair {number}")
         return ids[np.repeat(kept, lengths.sum(axis=1))], lengths[kept]
 
     def statistics(self) -> PairStatistics:
-        """What was found, once `chunks` has ended."""
+        """Returns and logs the counts; call it after `chunks` has ended."""
         skipped = self.report.skipped
-        # Until all were read these counted as lines that can be used.
+        # `chunks` counted these as lines that can be used.
         self.report.lines -= skipped[TOO_MANY_PIECES]
         self.report.log(f"{self.pair.name} {self.split}")
         num_pairs = self.report.lines
@@ -213,7 +215,7 @@ class _Encoder:
                 f"{self.pair.name} to train on. Raise it. Skipped: {skipped}"
             )
         source_pieces, target_pieces = map(int, self.lengths + num_pairs)
-        found = PairStatistics(
+        counted = PairStatistics(
             sources=self.corpus.sizes(self.pair, self.split),
             pairs=num_pairs,
             source_pieces=source_pieces,
@@ -227,18 +229,18 @@ class _Encoder:
             "ends, at most %d a side, %.2f%% unknown, skipped %s",
             self.pair.name,
             self.split,
-            found.pairs,
-            found.source_pieces,
-            found.target_pieces,
-            found.longest,
-            100 * found.unknown_pieces / max(int(self.lengths.sum()), 1),
-            found.skipped,
+            counted.pairs,
+            counted.source_pieces,
+            counted.target_pieces,
+            counted.longest,
+            100 * counted.unknown_pieces / max(int(self.lengths.sum()), 1),
+            counted.skipped,
         )
-        return found
+        return counted
 
 
 def _write_record(data_config, workdir, wordpieces, statistics, stores):
-    record = {
+    fields = {
         "settings": {name: getattr(data_config, name) for name in _SETTINGS},
         "wordpieces": {
             "size": wordpieces.size,
@@ -249,79 +251,54 @@ def _write_record(data_config, workdir, wordpieces, statistics, stores):
             for split, by_pair in stores.items()
         },
         "splits": {
-            split: {name: found.to_json() for name, found in by_pair.items()}
+            split: {name: pair.to_json() for name, pair in by_pair.items()}
             for split, by_pair in statistics.items()
         },
     }
-    # Written last: a run cut short before this begins again.
-    files.write(
-        os.path.join(workdir, "data.json"), json.dumps(record, indent=1)
-    )
+    records.write_record(workdir, fields)
 
 
 def _load(data_config, workdir, corpus):
-    path = os.path.join(workdir, "data.json")
-    with open(path, "rb") as file:
-        record = json.load(file)
-    remedy = f"Restore it, use another `workdir`, or delete {path}."
-    if "wordpieces" not in record:
+    recorded = records.Record(workdir)
+    if "wordpieces" not in recorded.fields:
         raise ValueError(
-            f"{path} is not of a run with sentence pairs. {remedy}"
+            f"{recorded.path} is not of a run with sentence pairs. "
+            f"{recorded.remedy}"
         )
-    for name, recorded in record["settings"].items():
-        if getattr(data_config, name) != recorded:
-            raise ValueError(
-                f"`data.{name}`={getattr(data_config, name)!r} differs from "
-                f"{recorded!r}, with which this run began. {remedy}"
-            )
+    recorded.check_settings(data_config)
+    splits = recorded.fields["splits"]
     names = [pair.name for pair in corpus.pairs]
-    if names != (recorded := list(record["splits"]["train"])):
+    if names != list(splits["train"]):
         raise ValueError(
-            f"`data.pairs` lists {names}, but this run began with {recorded}, "
-            f"in this order. {remedy}"
+            f"`data.pairs` lists {names}, but this run began with "
+            f"{list(splits['train'])}, in this order. {recorded.remedy}"
         )
     wordpieces = wordpieces_lib.Wordpieces.load(_wordpieces_path(workdir))
-    recorded = record["wordpieces"]["fingerprint"]
-    if wordpieces.fingerprint != recorded:
-        raise ValueError(
-            f"{_wordpieces_path(workdir)} has changed since this run began: "
-            f"its fingerprint is {wordpieces.fingerprint}, recorded is "
-            f"{recorded}. {remedy}"
-        )
+    recorded.check_fingerprint(
+        _wordpieces_path(workdir),
+        recorded.fields["wordpieces"]["fingerprint"],
+        wordpieces.fingerprint,
+    )
     statistics = {split: {} for split in corpora.SPLITS}
     stores = {split: {} for split in corpora.SPLITS}
     for split, pair in itertools.product(corpora.SPLITS, corpus.pairs):
-        found = PairStatistics.from_json(record["splits"][split][pair.name])
+        counted = PairStatistics.from_json(splits[split][pair.name])
         store = pair_store.PairStore(
             _store_path(workdir, pair, split), wordpieces.size
         )
-        what = f"of the {split} split of {pair.name}"
-        _check_sizes(found.sources, corpus.sizes(pair, split), what, remedy)
-        _check_sizes(
-            record["stores"][split][pair.name].items(),
+        recorded.check_sizes(
+            counted.sources,
+            corpus.sizes(pair, split),
+            f"of the {split} split of {pair.name}",
+        )
+        recorded.check_sizes(
+            recorded.fields["stores"][split][pair.name].items(),
             store.sizes.items(),
             f"in {os.path.dirname(store.path)}",
-            remedy,
         )
-        statistics[split][pair.name] = found
+        statistics[split][pair.name] = counted
         stores[split][pair.name] = store
     return PreparedPairs(corpus, wordpieces, statistics, stores)
-
-
-def _check_sizes(recorded, present, what, remedy):
-    recorded, present = list(recorded), list(present)
-    if [name for name, _ in recorded] != [name for name, _ in present]:
-        raise ValueError(
-            f"The files {what} are others than those with which this run "
-            f"began. {remedy} Received: {[name for name, _ in present]}, "
-            f"recorded: {[name for name, _ in recorded]}"
-        )
-    for (name, size), (_, new_size) in zip(recorded, present, strict=True):
-        if size != new_size:
-            raise ValueError(
-                f"{name} {what} has changed since this run began: {new_size} "
-                f"bytes, recorded {size}. {remedy}"
-            )
 
 
 def _wordpieces_path(workdir):

@@ -13,15 +13,15 @@ from moe_tf import files
 
 @dataclasses.dataclass(frozen=True)
 class PairStore:
-    """The pieces of the sentence pairs of one language pair and split.
+    """The encoded sentence pairs of one language pair and split, in two files.
 
-    `<path>.ids` has the pieces of each source and then of its target, pair
-    after pair, in little-endian uint16, or uint32 if the vocabulary needs
-    it; `<path>.lengths` their numbers, in little-endian int32 `(N, 2)`.
-    Symbols for languages, starts and ends are not in it.
+    `<path>.ids` has the piece ids of each source and then of its target, pair
+    after pair, in little-endian uint16, or uint32 for a large vocabulary.
+    `<path>.lengths` has the number of pieces of each side, in little-endian
+    int32 `(N, 2)`. Symbols of languages, starts and ends are not stored.
 
     Attributes:
-        path: of the two files, without their endings.
+        path: of the two files, without their extensions.
         vocabulary_size: int, number of ids.
     """
 
@@ -35,10 +35,11 @@ class PairStore:
         vocabulary_size: int,
         chunks: Iterable[tuple[np.ndarray, np.ndarray]],
     ) -> "PairStore":
-        """Writes the files, which are whole or not there.
+        """Writes the files atomically.
 
         Args:
-            path: see above; its folder exists.
+            path: of the two files, without their extensions, in an existing
+                folder.
             vocabulary_size: int, number of ids.
             chunks: int `(T,)` ids and int `(N, 2)` lengths of pairs.
 
@@ -65,14 +66,14 @@ class PairStore:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Name and bytes of the two files, `-1` for one that is not there."""
-        found = {}
+        """Names and bytes of the two files; `-1` for a missing one."""
+        sizes = {}
         for ending in ("ids", "lengths"):
             path = f"{self.path}.{ending}"
-            found[os.path.basename(path)] = (
+            sizes[os.path.basename(path)] = (
                 os.path.getsize(path) if os.path.exists(path) else -1
             )
-        return found
+        return sizes
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
@@ -81,12 +82,12 @@ class PairStore:
 
     @functools.cached_property
     def ids(self) -> np.ndarray:
-        """uint16 or uint32 `(T,)`, the pieces of all pairs."""
+        """uint16 or uint32 `(T,)`: the piece ids of all pairs."""
         return _mapped(f"{self.path}.ids", self._dtype)
 
     @functools.cached_property
     def offsets(self) -> np.ndarray:
-        """int64 `(N,)`: where in `ids` each pair begins."""
+        """int64 `(N,)`: the position in `ids` where each pair begins."""
         ends = np.cumsum(self.lengths.sum(axis=1, dtype=np.int64))
         return np.concatenate([[0], ends[:-1]]) if len(ends) else ends
 
@@ -99,6 +100,6 @@ class PairStore:
 
 
 def _mapped(path, dtype):
-    if not os.path.getsize(path):  # which cannot be mapped
+    if not os.path.getsize(path):  # an empty file cannot be mapped
         return np.zeros(0, dtype)
     return np.memmap(path, dtype, "r")

@@ -1,4 +1,4 @@
-"""Text as pieces of words, learned by SentencePiece."""
+"""The tokenizer of translation: pieces of words, learned by SentencePiece."""
 
 import functools
 import hashlib
@@ -19,46 +19,46 @@ from absl import logging
 from moe_tf import checks
 from moe_tf import files
 from moe_tf import special_ids
+from moe_tf.types import Tensor
 
-# Lines of which the pieces are learned; of more, a sample is taken.
-MOST_LINES = 1_000_000
+# Pieces are learned from at most this many lines, a sample if there are more.
+MAX_LINES = 1_000_000
 
-# SentencePiece learns nothing from lines of more bytes, which it cannot
-# number inside one word.
-_LONGEST_LINE = 4192
+# SentencePiece ignores lines of more bytes: their positions do not fit its
+# integers.
+_MAX_LINE_BYTES = 4192
 
-# A character is a piece of its own while there are at most this share of
-# the vocabulary. Of more, the rarest are unknown, but never more than
-# `_MOST_UNKNOWN` of the text.
+# Single characters take up at most this fraction of the vocabulary. If the
+# text has more, the rarest become unknown, but at most `_MAX_UNKNOWN` of all
+# characters in the text.
 _CHARACTERS = 0.5
-_MOST_UNKNOWN = 0.01
+_MAX_UNKNOWN = 0.01
 
-# Every kind of ASCII whitespace reads as a blank, and SentencePiece's own
-# sign for a blank as an underscore. Nothing else is changed: NFKC would
-# write `...` for an ellipsis and `1/2` for a half, and no output could
-# agree with a reference that has them.
+# ASCII whitespace becomes a blank, and SentencePiece's own sign for a blank an
+# underscore. Nothing else is changed: NFKC would write `...` for an ellipsis
+# and `1/2` for a half, and no output could equal a reference with these.
 _NORMALIZATION = "9\t20\nA\t20\nB\t20\nC\t20\nD\t20\n2581\t5F\n"
 
 _LANGUAGE_SYMBOL = re.compile(r"<2(.+)>")
 
 
 class Wordpieces:
-    """Maps strings to ids of pieces and back, in tf.data and in programs.
+    """The tokenizer: maps strings to ids of pieces and back, in graphs too.
 
-    Ids 0 to 3 are `<pad>`, `<UNK>`, `<S>` and `</S>`, then come the symbols
-    `<2de>` of the target languages, then the pieces. A text that contains
-    the name of a symbol is read as characters: no text gives the id of a
-    symbol other than `<UNK>`, which stands for a run of characters that the
-    pieces lack.
+    Ids 0 to 3 are `<pad>`, `<UNK>`, `<S>` and `</S>`. The symbols of the
+    target languages, such as `<2de>`, follow, and then the pieces. The name of
+    a symbol in a text is read as characters, so no text gives the id of a
+    symbol. The exception is `<UNK>`, which stands for a run of unknown
+    characters.
 
-    A round trip of known characters changes whitespace alone: runs of
+    Encoding and decoding known characters changes only whitespace: runs of
     blanks become one, tabs become blanks, and blanks at the ends are lost.
 
     Args:
         model: bytes of a SentencePiece model with these symbols.
     """
 
-    def __init__(self, model: bytes):
+    def __init__(self, model: bytes) -> None:
         self.model = model
 
     @classmethod
@@ -67,18 +67,18 @@ class Wordpieces:
         lines: Iterable[bytes],
         size: int,
         languages: Sequence[str] = (),
-        most_lines: int = MOST_LINES,
+        max_lines: int = MAX_LINES,
     ) -> "Wordpieces":
-        """Learns pieces by merging frequent pairs (BPE).
+        """Learns pieces by byte-pair encoding (BPE).
 
-        The same lines give the same model. At most `most_lines` of them are
-        held in memory, drawn evenly from all.
+        The same lines give the same model.
 
         Args:
             lines: sentences in UTF-8.
             size: number of ids, symbols among them.
             languages: target languages that get a symbol.
-            most_lines: see above.
+            max_lines: number of lines to learn from and to hold in memory,
+                a uniform sample if there are more.
 
         Raises:
             ImportError: a package of the extra `translation` is missing.
@@ -86,7 +86,7 @@ class Wordpieces:
         """
         least = len(special_ids.SPECIALS) + len(languages) + 1
         checks.at_least("data.vocabulary_size", size, least)
-        sample = _sample(lines, most_lines)
+        sample = _sample(lines, max_lines)
         return cls(_learn(sample, size, languages, _coverage(sample, size)))
 
     def save(self, path: str) -> None:
@@ -131,7 +131,7 @@ class Wordpieces:
 
     @functools.cached_property
     def pieces(self) -> tuple[str, ...]:
-        """The piece of each id; a `▁` stands for a blank."""
+        """Piece of each id; a `▁` stands for a blank."""
 
         @tf.function(autograph=False)
         def names():
@@ -139,13 +139,13 @@ class Wordpieces:
             return tokenizer.id_to_string(tf.range(tokenizer.vocab_size()))
 
         with tf.init_scope():
-            found = names().numpy()
-        return tuple(name.decode("utf-8") for name in found)
+            pieces = names().numpy()
+        return tuple(piece.decode("utf-8") for piece in pieces)
 
     @functools.cached_property
     def languages(self) -> tuple[str, ...]:
-        """The target languages that have a symbol, in the order of ids."""
-        # The piece after the last symbol is of two characters.
+        """Target languages that have a symbol, in the order of ids."""
+        # The piece after the last symbol has two characters.
         symbols = itertools.takewhile(
             _LANGUAGE_SYMBOL.fullmatch,
             self.pieces[len(special_ids.SPECIALS) :],
@@ -154,7 +154,7 @@ class Wordpieces:
 
     @property
     def control_ids(self) -> tuple[int, ...]:
-        """Ids that no translation may contain; its end, `END`, may come."""
+        """Ids of `<pad>`, `<S>` and languages, which no translation has."""
         first = len(special_ids.SPECIALS)
         return (
             special_ids.PAD,
@@ -163,10 +163,10 @@ class Wordpieces:
         )
 
     def language_id(self, language: str) -> int:
-        """The id of the symbol that asks for `language`.
+        """Returns the id of the symbol of a target language.
 
         Raises:
-            ValueError: the language has none.
+            ValueError: the language has no symbol.
         """
         if language not in self.languages:
             raise ValueError(
@@ -175,8 +175,8 @@ class Wordpieces:
             )
         return len(special_ids.SPECIALS) + self.languages.index(language)
 
-    def encode(self, strings) -> tf.RaggedTensor:
-        """The pieces of each string, without symbols.
+    def encode(self, strings: Tensor | Sequence[str]) -> tf.RaggedTensor:
+        """Returns the ids of each string's pieces, without symbols.
 
         Args:
             strings: string `(B,)`.
@@ -186,12 +186,14 @@ class Wordpieces:
         """
         return self._tokenize(strings)
 
-    def encode_source(self, strings, language=None) -> tf.RaggedTensor:
-        """What an encoder reads: the language's symbol, pieces, `</S>`.
+    def encode_source(
+        self, strings: Tensor | Sequence[str], language: str | None = None
+    ) -> tf.RaggedTensor:
+        """Returns the ids of sources: the language's symbol, pieces, `</S>`.
 
         Args:
             strings: string `(B,)`.
-            language: the target language; `None` where none has a symbol.
+            language: target language; `None` if no language has a symbol.
 
         Returns:
             Ragged int32 `(B, None)`.
@@ -203,10 +205,10 @@ class Wordpieces:
             rows.insert(0, one_B1 * self.language_id(language))
         return tf.concat(rows, axis=1)
 
-    def decode(self, ids_BL):
-        """Strings of the pieces before the first `</S>`, without symbols.
+    def decode(self, ids_BL: Tensor) -> Tensor:
+        """Returns the text before the first `</S>`, without symbols.
 
-        `<UNK>` gives a `⁇`.
+        `<UNK>` becomes `⁇`.
 
         Args:
             ids_BL: int `(B, L)`.
@@ -226,11 +228,11 @@ class Wordpieces:
     def encode_lines(
         self, lines: Sequence[bytes]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """As `encode`, by Python's `sentencepiece`, at twice the speed.
+        """Encodes by Python's `sentencepiece`, twice as fast as `encode`.
 
         Returns:
-            int32 `(T,)`, the ids of all lines, and int32 `(B,)`, how many
-            of them each line has.
+            The ids of all lines, int32 `(T,)`, and the number of ids of each
+            line, int32 `(B,)`.
         """
         rows = self._processor.encode(list(lines))
         lengths = np.fromiter(map(len, rows), np.int32, len(rows))
@@ -238,9 +240,9 @@ class Wordpieces:
         return np.fromiter(ids, np.int32, lengths.sum()), lengths
 
     def _tokenizer(self):
-        # Made anew inside every graph, so that the model is an attribute of
-        # an operation there: programs carry it. The resource of one made
-        # outside is gone after `tf.random.set_seed`.
+        # Made inside every graph, so that the model is an attribute of an
+        # operation there, and an exported program contains it. The resource
+        # of a tokenizer made outside is lost at `tf.random.set_seed`.
         text = _package("tensorflow_text")
         return text.SentencepieceTokenizer(self.model, out_type=tf.int32)
 
@@ -283,40 +285,42 @@ def _package(name):
         ) from error
 
 
-def _sample(lines, most):
-    """At most `most` of the lines that can be learned from, drawn evenly."""
+def _sample(lines, max_lines):
+    """Draws a uniform sample of the lines that are short enough."""
     draw = random.Random(0)
     kept = []
     count = too_long = 0
     for line in lines:
-        if len(line) > _LONGEST_LINE:
+        if len(line) > _MAX_LINE_BYTES:
             too_long += 1
             continue
         count += 1
-        if len(kept) < most:
+        if len(kept) < max_lines:
             kept.append(line)
-        elif (place := int(draw.random() * count)) < most:
+        elif (place := int(draw.random() * count)) < max_lines:
             kept[place] = line
     if too_long:
         logging.warning(
             "Nothing is learned from %d of %d lines that have over %d bytes",
             too_long,
             count + too_long,
-            _LONGEST_LINE,
+            _MAX_LINE_BYTES,
         )
-    if count > most:
-        logging.info("Wordpieces: learning from %d of %d lines", most, count)
+    if count > max_lines:
+        logging.info(
+            "Wordpieces: learning from %d of %d lines", max_lines, count
+        )
     if not b"".join(kept).strip():
         raise ValueError(
             "There is no text to learn wordpieces from: `data.train` needs "
-            f"lines of at most {_LONGEST_LINE} bytes that are not blank. "
+            f"lines of at most {_MAX_LINE_BYTES} bytes that are not blank. "
             f"Received: {count} lines, and {too_long} that are longer"
         )
     return kept
 
 
 def _coverage(lines, size):
-    """The share of all characters whose characters get a piece each."""
+    """Returns the fraction of the text whose characters become pieces."""
     counts = np.zeros(0x110000, np.int64)
     for first in range(0, len(lines), 10_000):
         text = b"".join(lines[first : first + 10_000]).decode("utf-8")
@@ -324,20 +328,20 @@ def _coverage(lines, size):
         counts += np.bincount(points, minlength=len(counts))
     counts[ord(" ")] = 0
     counts = np.sort(counts[counts > 0])[::-1]
-    shares = np.cumsum(counts) / counts.sum()
-    needed = int(np.searchsorted(shares, 1 - _MOST_UNKNOWN)) + 1
-    most = max(needed, int(size * _CHARACTERS))
-    if len(counts) <= most:
+    fractions = np.cumsum(counts) / counts.sum()
+    needed = int(np.searchsorted(fractions, 1 - _MAX_UNKNOWN)) + 1
+    num_known = max(needed, int(size * _CHARACTERS))
+    if len(counts) <= num_known:
         return 1.0
     logging.warning(
         "The text has %d different characters; the rarest %d, one of %d "
         "characters of it, are unknown. A larger `data.vocabulary_size` "
         "would know more.",
         len(counts),
-        len(counts) - most,
-        round(1 / (1 - shares[most - 1])),
+        len(counts) - num_known,
+        round(1 / (1 - fractions[num_known - 1])),
     )
-    return float(shares[most - 1])
+    return float(fractions[num_known - 1])
 
 
 def _learn(lines, size, languages, coverage):
@@ -357,7 +361,7 @@ def _learn(lines, size, languages, coverage):
                 vocab_size=size,
                 character_coverage=coverage,
                 normalization_rule_tsv=rules.name,
-                max_sentence_length=_LONGEST_LINE,
+                max_sentence_length=_MAX_LINE_BYTES,
                 control_symbols=[f"<2{language}>" for language in languages],
                 **dict(
                     pad_id=special_ids.PAD,
@@ -378,11 +382,11 @@ def _learn(lines, size, languages, coverage):
 
 
 def _explained(error, size):
-    """A `ValueError` that names the limit that SentencePiece found."""
-    if found := re.search(r"set it to a value <= (\d+)", str(error)):
-        limit = f"at most {found[1]}: the text has no more pieces"
-    elif found := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
-        limit = f"at least {found[1]}: every character needs a piece"
+    """Makes a `ValueError` that names the limit in SentencePiece's error."""
+    if match := re.search(r"set it to a value <= (\d+)", str(error)):
+        limit = f"at most {match[1]}: the text has no more pieces"
+    elif match := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
+        limit = f"at least {match[1]}: every character needs a piece"
     else:
         return ValueError(f"No wordpieces can be learned: {error}")
     return ValueError(

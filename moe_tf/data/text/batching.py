@@ -1,4 +1,4 @@
-"""Batches of sentences of similar length, in an order fixed by a seed."""
+"""Batches of sentences of similar length, in a seeded order."""
 
 import bisect
 import functools
@@ -14,7 +14,7 @@ from moe_tf import special_ids
 from moe_tf.data.text import corpora
 from moe_tf.data.text import preparation
 
-# Lines that go from Python to tf.data at once.
+# Number of lines that go from Python to tf.data at once.
 _CHUNK = 2048
 
 _LINES_AND_LENGTHS = (
@@ -24,11 +24,11 @@ _LINES_AND_LENGTHS = (
 
 
 def bucket_lengths(max_words: int) -> list[int]:
-    """Lengths to which sentences are padded.
+    """Returns the lengths to which sentences are padded.
 
-    The ladder starts at 8 and grows by a quarter, rounded up: 8, 10, 13,
-    17, 22, ... It ends with `max_words + 1`, as a sentence gets one symbol
-    more: `<S>` in front or `</S>` behind.
+    The lengths start at 8 and grow by a quarter, rounded up: 8, 10, 13, 17,
+    22, ... The last is `max_words + 1`: every sentence has one symbol more,
+    `<S>` or `</S>`.
     """
     lengths = []
     length = 8
@@ -44,7 +44,7 @@ def batches_per_pass(
     max_words: int,
     rows_multiple: int | None = None,
 ) -> int:
-    """Number of batches that one pass over a split gives, in any order."""
+    """Returns the number of batches of one pass over a split."""
     lengths = bucket_lengths(max_words)
     in_bucket = [0] * len(lengths)
     for num_words, count in statistics.lengths.items():
@@ -70,37 +70,36 @@ def batches(
     shuffle_buffer: int = 65_536,
     rows_multiple: int | None = None,
 ) -> tf.data.Dataset:
-    """Batches for a language model.
+    """Makes the batches of a language model.
 
-    Sentences of similar length (`bucket_lengths`) make a batch of at most
-    `batch_words` words, padding included, or of a single sentence that is
-    longer. Training is an endless stream of passes over the split. Pass
-    `p` reads the sources in an order, and mixes sentences over
-    `shuffle_buffer` of them, by `(seed, p)` alone: batch `start_step` of a
-    stream is the first of the stream that starts there, in this process
-    or another. Evaluation is one pass in the order of the text, with every
-    sentence once.
+    A batch holds sentences of similar length (`bucket_lengths`), at most
+    `batch_words` words with padding, or a single longer sentence. Training is
+    an endless stream of passes over the split. The order of the sources and
+    the shuffling in pass `p` depend on `(seed, p)` alone: `start_step` resumes
+    exactly, in this process or another. Evaluation is one pass in the order of
+    the text, with every sentence once.
 
     Args:
-        prepared: see `preparation.prepare_text`.
+        prepared: `PreparedText`.
         split: `"train"`, `"validation"` or `"test"`.
-        batch_words: int, most positions in a batch.
+        batch_words: int, maximal number of positions in a batch.
         seed: int, not negative; for training.
-        start_step: int, number of batches to leave out; for training.
+        start_step: int, number of batches to skip; for training.
         training: bool. Defaults to whether `split` is `"train"`.
-        shuffle_buffer: int, number of sentences held to mix them; for
-            training. `0` keeps the order inside a source.
-        rows_multiple: optional int, by which the number of sentences of each
-            batch can be divided, for a mesh or groups of tokens; a batch
-            then may hold as many that are longer than `batch_words`. All
-            batches of one length have equally many rows: where sentences run
-            out, the last are all padding, with weights of 0.
+        shuffle_buffer: int, number of sentences held for shuffling; for
+            training. `0` keeps the order within a source.
+        rows_multiple: optional int that divides the number of sentences of
+            each batch, for a mesh or token groups. A batch may then exceed
+            `batch_words`, and all batches of one length have the same number
+            of rows: where sentences run out, the last rows are all padding,
+            with weights of 0.
 
     Returns:
         A dataset of `(inputs, targets, weights)`. `inputs` is a dictionary
-        of int32 `(B, L)`: `tokens` is `<S>` and the words, `targets` the
-        words and `</S>`, both padded with 0. `targets` is the same again.
-        `weights` is float32 `(B, L)`, 1 where `targets` is not padding.
+        of int32 `(B, L)`, padded with 0: `tokens` is `<S>` and the words,
+        `targets` is the words and `</S>`. The dataset's `targets` equals the
+        one in `inputs`. `weights` is float32 `(B, L)`, 1 where `targets` is
+        not padding.
 
     Raises:
         ValueError: an argument cannot be used.
@@ -140,7 +139,7 @@ def batches(
                 rows_multiple,
             ),
         )
-        # Dropped before words are looked up, and from one pass alone.
+        # Skipped before words are looked up, and within one pass only.
         grouped = tf.data.Dataset.counter(index).flat_map(one_pass).skip(done)
     else:
         grouped = one_pass()
@@ -162,14 +161,17 @@ def encode(
     prepared: preparation.PreparedText,
     sentences: list[bytes],
     num_rows: int | None = None,
-):
-    """One batch of given sentences, in their order; see `batches`.
+) -> tuple[dict[str, tf.Tensor], tf.Tensor, tf.Tensor]:
+    """Makes one batch of given sentences, in their order.
 
     Args:
-        prepared: see `preparation.prepare_text`.
-        sentences: lines that `lines.reason_to_skip` finds nothing against.
-        num_rows: optional int, not below the number of sentences: as many
-            rows are there, the last all padding.
+        prepared: `PreparedText`.
+        sentences: usable lines; see `lines.reason_to_skip`.
+        num_rows: optional int, number of rows, at least the number of
+            sentences. Further rows are all padding.
+
+    Returns:
+        `(inputs, targets, weights)`, as `batches` has them.
     """
     lengths = bucket_lengths(prepared.corpus.max_words)
     num_words = [len(sentence.split()) for sentence in sentences]
@@ -183,24 +185,24 @@ def encode(
 
 
 def _read_pass(corpus, split, seed, shuffle_buffer, index=None):
-    """Generates the chunks of pass `index`; without one, in text order."""
+    """Yields the chunks of pass `index`; in the order of the text if `None`."""
     if index is None:
         chunks = _chunks(corpus.lines(split), _CHUNK)
     else:
-        # Neither Python's hashes nor TensorFlow's global seed, which
-        # `tf.data.Dataset.shuffle` mixes in, have a part in this.
+        # Independent of Python's hashes and of TensorFlow's global seed, on
+        # which `tf.data.Dataset.shuffle` depends.
         random = np.random.default_rng([seed, int(index)])
         order = random.permutation(len(corpus.sources[split]))
         lines = corpus.lines(split, order=order)
-        chunks = _mixed(lines, shuffle_buffer, random)
+        chunks = _shuffled(lines, shuffle_buffer, random)
     for chunk in chunks:
         yield chunk, np.array([len(line.split()) for line in chunk], np.int32)
 
 
 def _encode(lines_B, num_words_B, vocabulary, lengths, sizes=None):
-    """Makes the tensors of a batch from its sentences.
+    """Makes the tensors of a batch of sentences.
 
-    With `sizes` it has the rows that these give for its padded length.
+    With `sizes` the number of rows is the one of the padded length.
     """
     ids = vocabulary.encode(tf.strings.split(lines_B))
     one_B1 = tf.ones_like(num_words_B)[:, tf.newaxis]
@@ -220,8 +222,8 @@ def _encode(lines_B, num_words_B, vocabulary, lengths, sizes=None):
 def _in_buckets(rows, lengths, sizes):
     """Groups `(line, number of words)` into batches by padded length.
 
-    The lines are padded after this, once they are words: splitting and
-    looking up batch by batch is twice as fast as line by line.
+    Lines are split into words and padded later: splitting and looking up a
+    batch at a time is twice as fast as a line at a time.
     """
     return rows.bucket_by_sequence_length(
         element_length_func=lambda line, num_words: num_words + 1,
@@ -243,17 +245,17 @@ def _chunks(lines: Iterator[bytes], size: int) -> Iterator[np.ndarray]:
         yield np.array(chunk, object)
 
 
-def _mixed(lines, buffer_size, random) -> Iterator[np.ndarray]:
-    """Chunks of `lines` in an order drawn by the generator `random`.
+def _shuffled(lines, buffer_size, random) -> Iterator[np.ndarray]:
+    """Yields chunks of `lines` in an order drawn by the generator `random`.
 
-    Holds `buffer_size` lines; each chunk read is mixed with them, and as
-    many lines drawn from both go out.
+    The buffer holds `buffer_size` lines. Each chunk that is read is shuffled
+    with the buffer, and as many of these lines are yielded.
     """
     if not buffer_size:
         yield from _chunks(lines, _CHUNK)
         return
     held = np.array([], object)
-    # Large enough that mixing costs a line few moves.
+    # Large chunks: a line is moved at each shuffle that it waits for.
     for chunk in _chunks(lines, max(_CHUNK, buffer_size // 8)):
         mixed = random.permutation(np.concatenate([held, chunk]))
         held = mixed[:buffer_size]

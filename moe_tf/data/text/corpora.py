@@ -1,4 +1,4 @@
-"""Opens the text that `config.data` names, as three splits of sentences."""
+"""Opens the text corpora that `config.data` names."""
 
 import dataclasses
 import functools
@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from collections.abc import Sequence
 
+import ml_collections
 from absl import logging
 
 from moe_tf import checks
@@ -25,8 +26,9 @@ class Corpus:
     """Sentences in three splits.
 
     Attributes:
-        sources: for each split, its `lines.Source`s in order.
-        max_words: longer sentences are left out.
+        sources: list of `lines.Source`s by split.
+        max_words: maximal number of words of a sentence; longer sentences are
+            skipped.
     """
 
     sources: dict[str, list[lines.Source]]
@@ -38,7 +40,7 @@ class Corpus:
         report: lines.LineReport | None = None,
         order: Sequence[int] | None = None,
     ) -> Iterator[bytes]:
-        """Yields the usable sentences of a split, as `lines.usable_lines`.
+        """Yields the usable sentences of a split; see `lines.usable_lines`.
 
         Args:
             split: `"train"`, `"validation"` or `"test"`.
@@ -52,8 +54,8 @@ class Corpus:
         return lines.usable_lines(sources, self.max_words, report)
 
 
-def open_corpus(data_config, workdir: str) -> Corpus:
-    """Finds the text of `data_config.corpus`.
+def open_corpus(data_config: ml_collections.ConfigDict, workdir: str) -> Corpus:
+    """Opens the corpus `data_config.corpus`.
 
     | `corpus` | text |
     | --- | --- |
@@ -63,7 +65,7 @@ def open_corpus(data_config, workdir: str) -> Corpus:
     | `"tfds:lm1b"` | the same text by tensorflow_datasets, kept in `path` if given; validation and test are the halves of its test split |
 
     Args:
-        data_config: has `corpus`, `max_words` and what the table names.
+        data_config: has `corpus`, `max_words` and the fields in the table.
         workdir: folder of the run.
 
     Raises:
@@ -88,6 +90,7 @@ def open_corpus(data_config, workdir: str) -> Corpus:
 
 
 def check_split(split: str) -> None:
+    """Raises `ValueError` unless `split` is the name of a split."""
     if split not in SPLITS:
         raise ValueError(
             f"`split` must be one of {SPLITS}. Received: {split!r}"
@@ -156,14 +159,14 @@ def _open_tfds_lm1b(data_config, workdir):
         import tensorflow_datasets as tfds
 
         builder = tfds.builder("lm1b", data_dir=data_config.path or None)
-        builder.download_and_prepare()  # at once if it is there
+        builder.download_and_prepare()  # returns at once if it is there
     except ImportError as error:
         raise ImportError(
             "`data.corpus`='tfds:lm1b' needs tensorflow_datasets and what it "
             f"imports ({error}). Install it with `pip install moe_tf[tfds]`."
         ) from error
     parts = {
-        # Several, so that passes can read them in different orders.
+        # Several sources, which passes can read in different orders.
         "train": [f"train[{p}%:{p + 5}%]" for p in range(0, 100, 5)],
         "validation": ["test[:50%]"],
         "test": ["test[50%:]"],

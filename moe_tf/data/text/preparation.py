@@ -1,14 +1,14 @@
-"""Counts a corpus once, and remembers the counts in the run's folder."""
+"""Counts a text corpus once, and keeps the counts in the run's folder."""
 
 import collections
 import dataclasses
-import json
 import os
 
+import ml_collections
 from absl import logging
 
-from moe_tf import files
 from moe_tf.data import lines
+from moe_tf.data import record as records
 from moe_tf.data import vocabulary as vocabularies
 from moe_tf.data.text import corpora
 
@@ -17,12 +17,13 @@ _SETTINGS = ("corpus", "max_words", "vocabulary_size")
 
 @dataclasses.dataclass(frozen=True)
 class SplitStatistics:
-    """What one pass over a split found.
+    """Counts of a split.
 
     Attributes:
         files: name and size of every source, in order.
         lines: sentences that can be used.
-        words: their words, each sentence's end counted as one.
+        words: words of the usable sentences, each sentence's end counted as
+            one.
         unknown_words: words that map to `<UNK>`.
         skipped: for each reason, the number of lines left out.
         lengths: for each number of words, without the end, the number of
@@ -38,16 +39,16 @@ class SplitStatistics:
 
     @property
     def unknown_rate(self) -> float:
-        """Share of words that are unknown, ends of sentences not counted."""
+        """Fraction of words that are unknown; sentence ends do not count."""
         return self.unknown_words / (self.words - self.lines)
 
     def to_json(self) -> dict:
-        """A dictionary for `json.dump`, which knows only string keys."""
+        """Returns a dictionary for `json.dump`."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, fields: dict) -> "SplitStatistics":
-        """Undoes `to_json`, also after a trip through a file."""
+        """Makes statistics of what `to_json` returned, or JSON made of it."""
         return cls(
             **{
                 **fields,
@@ -62,7 +63,7 @@ class SplitStatistics:
 
 @dataclasses.dataclass(frozen=True)
 class PreparedText:
-    """A corpus that is counted and has a vocabulary.
+    """A text corpus with its counts and its vocabulary.
 
     Attributes:
         corpus: `corpora.Corpus`.
@@ -75,16 +76,19 @@ class PreparedText:
     statistics: dict[str, SplitStatistics]
 
 
-def prepare_text(data_config, workdir: str) -> PreparedText:
+def prepare_text(
+    data_config: ml_collections.ConfigDict, workdir: str
+) -> PreparedText:
     """Builds or loads `vocabulary.txt` and `data.json` of a run.
 
     The first call in a `workdir` reads every split once. Later calls load
-    what it wrote, and refuse to go on if that no longer fits. Of the sources
-    they compare names and sizes, not contents, which may be terabytes.
+    the files of the first call, and raise if settings or sources differ.
+    Names and sizes of the sources are compared, not their contents, which may
+    be terabytes.
 
     Args:
-        data_config: see `corpora.open_corpus`; besides, `vocabulary_size`
-            is the most ids, specials included.
+        data_config: the fields of `corpora.open_corpus`, and
+            `vocabulary_size`, the maximal number of ids, specials included.
         workdir: folder of the run, made if need be.
 
     Raises:
@@ -93,40 +97,39 @@ def prepare_text(data_config, workdir: str) -> PreparedText:
         FileNotFoundError, ImportError: see `corpora.open_corpus`.
     """
     corpus = corpora.open_corpus(data_config, workdir)
-    if os.path.exists(os.path.join(workdir, "data.json")):
+    if records.is_recorded(workdir):
         return _load(data_config, workdir, corpus)
     counted = {split: _count(corpus, split) for split in corpora.SPLITS}
     vocabulary = vocabularies.Vocabulary.from_counts(
         counted["train"][0], data_config.vocabulary_size
     )
     statistics = {}
-    for split, (counts, found) in counted.items():
+    for split, (counts, split_statistics) in counted.items():
         unknown = sum(
             count for word, count in counts.items() if word not in vocabulary
         )
-        statistics[split] = dataclasses.replace(found, unknown_words=unknown)
+        statistics[split] = dataclasses.replace(
+            split_statistics, unknown_words=unknown
+        )
         _log(split, statistics[split])
     os.makedirs(workdir, exist_ok=True)
     vocabulary.save(os.path.join(workdir, "vocabulary.txt"))
-    record = {
+    fields = {
         "settings": {name: getattr(data_config, name) for name in _SETTINGS},
         "vocabulary": {
             "size": vocabulary.size,
             "fingerprint": vocabulary.fingerprint,
         },
         "splits": {
-            split: found.to_json() for split, found in statistics.items()
+            split: counted.to_json() for split, counted in statistics.items()
         },
     }
-    # Written last: a run cut short before this begins again.
-    files.write(
-        os.path.join(workdir, "data.json"), json.dumps(record, indent=1)
-    )
+    records.write_record(workdir, fields)
     return PreparedText(corpus, vocabulary, statistics)
 
 
 def _count(corpus, split):
-    """Counts of words and `SplitStatistics`, `unknown_words` left at 0."""
+    """Returns counts of words, and statistics with `unknown_words` of 0."""
     report = lines.LineReport()
     counts = collections.Counter()
     lengths = collections.Counter()
@@ -146,61 +149,38 @@ def _count(corpus, split):
 
 
 def _load(data_config, workdir, corpus):
-    path = os.path.join(workdir, "data.json")
-    with open(path, "rb") as file:
-        record = json.load(file)
-    remedy = f"Restore it, use another `workdir`, or delete {path}."
-    for name, recorded in record["settings"].items():
-        if getattr(data_config, name) != recorded:
-            raise ValueError(
-                f"`data.{name}`={getattr(data_config, name)!r} differs from "
-                f"{recorded!r}, with which this run began. {remedy}"
-            )
+    recorded = records.Record(workdir)
+    recorded.check_settings(data_config)
     statistics = {
         split: SplitStatistics.from_json(fields)
-        for split, fields in record["splits"].items()
+        for split, fields in recorded.fields["splits"].items()
     }
-    for split, found in statistics.items():
-        _check_files(found.files, _files(corpus, split), split, remedy)
-    words = os.path.join(workdir, "vocabulary.txt")
-    vocabulary = vocabularies.Vocabulary.load(words)
-    recorded = record["vocabulary"]["fingerprint"]
-    if vocabulary.fingerprint != recorded:
-        raise ValueError(
-            f"{words} has changed since this run began: its fingerprint is "
-            f"{vocabulary.fingerprint}, recorded is {recorded}. {remedy}"
+    for split, counted in statistics.items():
+        recorded.check_sizes(
+            counted.files, _files(corpus, split), f"of the {split} split"
         )
+    path = os.path.join(workdir, "vocabulary.txt")
+    vocabulary = vocabularies.Vocabulary.load(path)
+    recorded.check_fingerprint(
+        path,
+        recorded.fields["vocabulary"]["fingerprint"],
+        vocabulary.fingerprint,
+    )
     return PreparedText(corpus, vocabulary, statistics)
-
-
-def _check_files(recorded, present, split, remedy):
-    if [name for name, _ in recorded] != [name for name, _ in present]:
-        raise ValueError(
-            f"The files of the {split} split are others than those with "
-            f"which this run began. {remedy} Received: "
-            f"{[name for name, _ in present]}, recorded: "
-            f"{[name for name, _ in recorded]}"
-        )
-    for (name, size), (_, new_size) in zip(recorded, present, strict=True):
-        if size != new_size:
-            raise ValueError(
-                f"{name} of the {split} split has changed since this run "
-                f"began: {new_size} bytes, recorded {size}. {remedy}"
-            )
 
 
 def _files(corpus, split):
     return [(source.name, source.size) for source in corpus.sources[split]]
 
 
-def _log(split, found):
+def _log(split, statistics):
     logging.info(
         "%s: %d sources, %d sentences, %d words with ends, %.2f%% unknown, "
         "skipped %s",
         split,
-        len(found.files),
-        found.lines,
-        found.words,
-        100 * found.unknown_rate,
-        found.skipped,
+        len(statistics.files),
+        statistics.lines,
+        statistics.words,
+        100 * statistics.unknown_rate,
+        statistics.skipped,
     )

