@@ -6,37 +6,37 @@ from collections.abc import Callable
 
 
 def at_least(
-    name: str, value: object, least: int, none_is_fine: bool = False
+    name: str, value: object, minimum: int, allow_none: bool = False
 ) -> None:
-    """Raises `ValueError` unless `value` is an int of `least` or more."""
-    if value is None and none_is_fine:
+    """Raises `ValueError` unless `value` is an int of at least `minimum`."""
+    if value is None and allow_none:
         return
-    if not _lies(value, lambda: operator.index(value) >= least):
+    if not _is_within(value, lambda: operator.index(value) >= minimum):
         raise ValueError(
-            f"`{name}` must be a whole number of at least {least}"
-            f"{', or None' if none_is_fine else ''}. Received: {name}={value}"
+            f"`{name}` must be a whole number of at least {minimum}"
+            f"{', or None' if allow_none else ''}. Received: {name}={value}"
         )
 
 
-def positive(name: str, value: object, none_is_fine: bool = False) -> None:
+def positive(name: str, value: object, allow_none: bool = False) -> None:
     """Raises `ValueError` unless `value` is finite and above 0."""
-    if value is None and none_is_fine:
+    if value is None and allow_none:
         return
-    if not _lies(value, lambda: 0 < value < math.inf):
+    if not _is_within(value, lambda: 0 < value < math.inf):
         raise ValueError(
             f"`{name}` must be finite and above 0"
-            f"{', or None' if none_is_fine else ''}. Received: {name}={value}"
+            f"{', or None' if allow_none else ''}. Received: {name}={value}"
         )
 
 
-def not_negative(name: str, value: object, none_is_fine: bool = False) -> None:
+def not_negative(name: str, value: object, allow_none: bool = False) -> None:
     """Raises `ValueError` unless `value` is finite and 0 or more."""
-    if value is None and none_is_fine:
+    if value is None and allow_none:
         return
-    if not _lies(value, lambda: 0 <= value < math.inf):
+    if not _is_within(value, lambda: 0 <= value < math.inf):
         raise ValueError(
             f"`{name}` must be finite and at least 0"
-            f"{', or None' if none_is_fine else ''}. Received: {name}={value}"
+            f"{', or None' if allow_none else ''}. Received: {name}={value}"
         )
 
 
@@ -48,7 +48,7 @@ def true_or_false(name: str, value: object) -> None:
         )
 
 
-def _lies(value: object, within: Callable[[], bool]) -> bool:
+def _is_within(value: object, within: Callable[[], bool]) -> bool:
     """Returns `within()`; `False` for a bool and whatever is not a number."""
     try:
         return not isinstance(value, bool) and within()

@@ -115,7 +115,7 @@ class FactoredAdam(keras.optimizers.Optimizer):
         self._velocities = [self._add_velocity(v) for v in variables]
 
     def _add_velocity(self, variable):
-        """`[R, C]` of a matrix or stack of matrices, else the whole `[v]`."""
+        """Makes the state `[R, C]` of a stack of matrices, or else `[v]`."""
         shape = tuple(variable.shape)
         if len(shape) < 2:
             parts = {"velocity": shape}

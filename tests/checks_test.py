@@ -11,9 +11,9 @@ from moe_tf import checks
     [
         lambda: checks.at_least("n", 2, 2),
         lambda: checks.at_least("n", np.int64(3), 2),
-        lambda: checks.at_least("n", None, 2, none_is_fine=True),
+        lambda: checks.at_least("n", None, 2, allow_none=True),
         lambda: checks.positive("n", 0.1),
-        lambda: checks.positive("n", None, none_is_fine=True),
+        lambda: checks.positive("n", None, allow_none=True),
         lambda: checks.not_negative("n", 0),
     ],
 )

@@ -59,7 +59,7 @@ class LineReport:
 
 
 class Source(Protocol):
-    """A part of a split, read as a whole."""
+    """A part of a split, such as a file."""
 
     name: str  # recorded beside the counts, so without folders
     size: int

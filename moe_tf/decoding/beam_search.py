@@ -111,7 +111,7 @@ def search(
         )
     checks.not_negative("length_penalty", length_penalty)
     checks.not_negative("coverage_penalty", coverage_penalty)
-    checks.not_negative("pruning", pruning, none_is_fine=True)
+    checks.not_negative("pruning", pruning, allow_none=True)
     if coverage_penalty and source_mask_BS is None:
         raise ValueError(
             "`coverage_penalty` needs `source_mask_BS`. Received: "

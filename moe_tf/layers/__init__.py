@@ -1,7 +1,7 @@
 """Keras layers: the mixture of experts, its routers, and their neighbours.
 
-`SparseMoE` takes a router by name or as a layer; `Router`, `Routing` and
-`Gates` are what a router of your own is made of.
+`SparseMoE` takes a router by name or as a layer. A router of your own is a
+subclass of `Router`; its `call` makes `Gates` and returns a `Routing`.
 """
 
 from moe_tf.experts.experts import Experts

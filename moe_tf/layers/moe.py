@@ -177,8 +177,8 @@ class SparseMoE(keras.layers.Layer):
 
     def _check_settings(self):
         for name in ("capacity_factor", "eval_capacity_factor"):
-            checks.positive(name, getattr(self, name), none_is_fine=True)
-        checks.at_least("num_groups", self.num_groups, 1, none_is_fine=True)
+            checks.positive(name, getattr(self, name), allow_none=True)
+        checks.at_least("num_groups", self.num_groups, 1, allow_none=True)
         if self.drop_policy not in choice.DROP_POLICIES:
             raise ValueError(
                 "`drop_policy` must be one of "

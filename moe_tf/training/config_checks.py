@@ -61,17 +61,15 @@ def check_config(
     for field in counts_from_zero:
         checks.at_least(field, field_value(config, field), 0)
     for field in (*_COUNTS_OR_NONE, *counts_or_none):
-        checks.at_least(field, field_value(config, field), 1, none_is_fine=True)
+        checks.at_least(field, field_value(config, field), 1, allow_none=True)
     for field in (*_POSITIVE, *positive):
         checks.positive(field, field_value(config, field))
     for field in _POSITIVE_OR_NONE:
-        checks.positive(field, field_value(config, field), none_is_fine=True)
+        checks.positive(field, field_value(config, field), allow_none=True)
     for field in not_negative:
         checks.not_negative(field, field_value(config, field))
     for field in _NOT_NEGATIVE_OR_NONE:
-        checks.not_negative(
-            field, field_value(config, field), none_is_fine=True
-        )
+        checks.not_negative(field, field_value(config, field), allow_none=True)
     check_fraction("model.dropout", config.model.dropout)
     steps, every = config.train.steps, config.train.evaluate_every
     if steps % every:

@@ -13,7 +13,7 @@ from moe_tf.data.parallel import preparation
 from moe_tf.data.parallel import store as pair_store
 from moe_tf.data.text import corpora as text_corpora
 
-# Parts of seeds, so that no two generators start alike.
+# Parts of seeds, so that no two generators draw the same numbers.
 _SHUFFLE, _PERMUTATION = 1, 2
 
 
@@ -81,9 +81,7 @@ class BatchPlan:
         if self.pair is not None:
             self.prepared.corpus.pair(self.pair)
         checks.at_least("batch_tokens", self.batch_tokens, 1)
-        checks.at_least(
-            "rows_multiple", self.rows_multiple, 1, none_is_fine=True
-        )
+        checks.at_least("rows_multiple", self.rows_multiple, 1, allow_none=True)
 
     @functools.cached_property
     def pairs(self) -> list[corpora.Pair]:

@@ -212,7 +212,7 @@ def _pieces(prepared, texts):
 
 
 def _padded(rows, num_rows, length):
-    checks.at_least("num_rows", num_rows, len(rows), none_is_fine=True)
+    checks.at_least("num_rows", num_rows, len(rows), allow_none=True)
     padded = np.full((num_rows or len(rows), length), special_ids.PAD, np.int32)
     for row, to in zip(rows, padded, strict=False):
         to[: len(row)] = row

@@ -35,7 +35,7 @@ class PairStatistics:
         target_pieces: pieces of all targets, each sentence's end counted.
         unknown_pieces: pieces of both sides that are `<UNK>`.
         longest: pieces of the longest side, its end counted.
-        skipped: for each reason, the number of pairs left out.
+        skipped: number of skipped pairs by reason.
     """
 
     sources: list[tuple[str, int]]

@@ -75,7 +75,7 @@ class Wordpieces:
 
         Args:
             lines: sentences in UTF-8.
-            size: number of ids, symbols among them.
+            size: number of ids, symbols included.
             languages: target languages that get a symbol.
             max_lines: number of lines to learn from and to hold in memory,
                 a uniform sample if there are more.
@@ -126,7 +126,7 @@ class Wordpieces:
 
     @property
     def size(self) -> int:
-        """Number of ids, symbols among them."""
+        """Number of ids, symbols included."""
         return len(self.pieces)
 
     @functools.cached_property

@@ -110,48 +110,35 @@ def batches(
     checks.at_least("seed", seed, 0)
     checks.at_least("start_step", start_step, 0)
     checks.at_least("shuffle_buffer", shuffle_buffer, 0)
-    checks.at_least("rows_multiple", rows_multiple, 1, none_is_fine=True)
+    checks.at_least("rows_multiple", rows_multiple, 1, allow_none=True)
     if start_step and not training:
         raise ValueError(
             f"`start_step` must be 0 without `training`. Received: {start_step}"
         )
-    max_words = prepared.corpus.max_words
-    lengths = bucket_lengths(max_words)
+    lengths = bucket_lengths(prepared.corpus.max_words)
     sizes = _batch_sizes(lengths, batch_words, rows_multiple)
-
-    def one_pass(index=None):
-        rows = tf.data.Dataset.from_generator(
-            functools.partial(
-                _read_pass, prepared.corpus, split, seed, shuffle_buffer
-            ),
-            args=() if index is None else (index,),
-            output_signature=_LINES_AND_LENGTHS,
-        )
-        return _in_buckets(rows.unbatch(), lengths, sizes)
-
+    one_pass = functools.partial(
+        _one_pass, prepared.corpus, split, seed, shuffle_buffer, lengths, sizes
+    )
     if training:
-        index, done = divmod(
-            start_step,
-            batches_per_pass(
-                prepared.statistics[split],
-                batch_words,
-                max_words,
-                rows_multiple,
-            ),
+        per_pass = batches_per_pass(
+            prepared.statistics[split],
+            batch_words,
+            prepared.corpus.max_words,
+            rows_multiple,
         )
+        index, done = divmod(start_step, per_pass)
         # Skipped before words are looked up, and within one pass only.
         grouped = tf.data.Dataset.counter(index).flat_map(one_pass).skip(done)
     else:
         grouped = one_pass()
-    dataset = grouped.map(
-        lambda *rows: _encode(
-            *rows,
-            prepared.vocabulary,
-            lengths,
-            sizes if rows_multiple else None,
-        ),
-        num_parallel_calls=tf.data.AUTOTUNE,
+    encode_batch = functools.partial(
+        _encode,
+        vocabulary=prepared.vocabulary,
+        lengths=lengths,
+        sizes=sizes if rows_multiple else None,
     )
+    dataset = grouped.map(encode_batch, num_parallel_calls=tf.data.AUTOTUNE)
     options = tf.data.Options()
     options.deterministic = True
     return dataset.prefetch(2).with_options(options)
@@ -184,8 +171,20 @@ def encode(
     )
 
 
+def _one_pass(
+    corpus, split, seed, shuffle_buffer, lengths, sizes, index=None
+) -> tf.data.Dataset:
+    """Groups the lines of pass `index`; of the text in order if `None`."""
+    rows = tf.data.Dataset.from_generator(
+        functools.partial(_read_pass, corpus, split, seed, shuffle_buffer),
+        args=() if index is None else (index,),
+        output_signature=_LINES_AND_LENGTHS,
+    )
+    return _in_buckets(rows.unbatch(), lengths, sizes)
+
+
 def _read_pass(corpus, split, seed, shuffle_buffer, index=None):
-    """Yields the chunks of pass `index`; in the order of the text if `None`."""
+    """Yields the chunks of pass `index`; of the text in order if `None`."""
     if index is None:
         chunks = _chunks(corpus.lines(split), _CHUNK)
     else:

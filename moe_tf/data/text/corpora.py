@@ -59,7 +59,7 @@ def open_corpus(data_config: ml_collections.ConfigDict, workdir: str) -> Corpus:
 
     | `corpus` | text |
     | --- | --- |
-    | `"sotu"` | State of the Union addresses, see `moe_tf.data.text.sotu`; cut into sentences under `workdir` |
+    | `"sotu"` | State of the Union addresses, see `moe_tf.data.text.sotu`; split into sentences under `workdir` |
     | `"files"` | the files that `train`, `validation` and `test` name |
     | `"lm1b"` | the 1-Billion-Word benchmark in the folder `path`; test is held-out shard 0, as in the literature, validation shard 1 |
     | `"tfds:lm1b"` | the same text by tensorflow_datasets, kept in `path` if given; validation and test are the halves of its test split |

@@ -25,9 +25,8 @@ class SplitStatistics:
         words: words of the usable sentences, each sentence's end counted as
             one.
         unknown_words: words that map to `<UNK>`.
-        skipped: for each reason, the number of lines left out.
-        lengths: for each number of words, without the end, the number of
-            sentences.
+        skipped: number of skipped lines by reason.
+        lengths: number of sentences by number of words, without the end.
     """
 
     files: list[tuple[str, int]]

@@ -136,7 +136,7 @@ class SampledSoftmax(keras.layers.Layer):
     ) -> None:
         super().__init__(**kwargs)
         checks.at_least("vocabulary_size", vocabulary_size, 1)
-        checks.at_least("num_sampled", num_sampled, 1, none_is_fine=True)
+        checks.at_least("num_sampled", num_sampled, 1, allow_none=True)
         self.vocabulary_size = vocabulary_size
         self.num_sampled = num_sampled
         self.seed = seed

@@ -170,7 +170,7 @@ def variant(
     Raises:
         ValueError: if no variant has this name, or a setting does not fit it.
     """
-    checks.at_least("width", width, 1, none_is_fine=True)
+    checks.at_least("width", width, 1, allow_none=True)
     family = _look_up(name, num_experts)
     if family.k is None:
         _refuse_moe_settings(name, k, gating, num_experts, hidden_units)

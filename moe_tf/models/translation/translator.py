@@ -58,7 +58,7 @@ class Settings(typing.NamedTuple):
         checks.at_least(f"{group}.seed", self.seed, 0)
         for name in ("length_penalty", "coverage_penalty"):
             checks.not_negative(f"{group}.{name}", getattr(self, name))
-        checks.not_negative(f"{group}.pruning", self.pruning, none_is_fine=True)
+        checks.not_negative(f"{group}.pruning", self.pruning, allow_none=True)
         for name in ("max_length_ratio", "temperature"):
             checks.positive(f"{group}.{name}", getattr(self, name))
         most = {"beam": self.beam_size, "greedy": 1}.get(self.method)
