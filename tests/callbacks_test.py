@@ -10,6 +10,7 @@ from tensorboard.util import tensor_util
 from moe_tf import callbacks
 from moe_tf import tags
 from moe_tf.layers import moe
+from tests import sets
 
 
 def model_with_two_layers(num_experts=4):
@@ -138,8 +139,9 @@ def test_bad_frequency_is_refused(tmp_path):
     "steps_per_execution,accumulation,update_freq,want",
     [
         (1, 4, 2, [2, 4]),  # 16 batches are 4 steps
-        (8, None, 5, [8, 16]),  # Keras calls back after 8 and 16
-        (1, None, 5, [5, 10, 15]),
+        # Keras calls back after 8 and 16.
+        sets.thorough(8, None, 5, [8, 16]),
+        sets.thorough(1, None, 5, [5, 10, 15]),
     ],
 )
 def test_writes_by_the_optimizers_step(
@@ -172,6 +174,7 @@ def test_layers_of_one_name_are_refused(tmp_path):
         model.fit(tokens(4, 6), tokens(4, 6), callbacks=[board], verbose=0)
 
 
+@pytest.mark.thorough
 def test_a_full_disk_is_an_error_and_not_the_end_of_the_data(tmp_path):
     script = f"""
 import resource, signal

@@ -12,6 +12,7 @@ from moe_tf.distribute import MeshStrategy
 from moe_tf.layers.softmax import vocabulary_chunks
 from tests import every_router
 from tests import process
+from tests import sets
 from tests.experts import gpu_kernels
 
 WORDS = 512  # Of a batch.
@@ -57,6 +58,7 @@ def whole_softmax(strategy):
     return step  # Its program is there as long as it is.
 
 
+@pytest.mark.thorough
 def test_nothing_of_the_words_goes_by_way_of_the_host(tmp_path):
     on_host, run = process.run(language_model, True, tmp_path)
     in_int32, want = process.run(language_model, False, tmp_path)
@@ -89,8 +91,10 @@ CASES = [
     "router,setting",
     [
         case
+        if case in (("noisy_top_k", "drops"), ("batchwise", "dropless"))
+        else sets.thorough(*case)
         if case[0] == "noisy_top_k" or case[1] == "dropless"
-        else pytest.param(*case, marks=pytest.mark.slow)
+        else sets.slow(*case)
         for case in CASES
     ],
 )

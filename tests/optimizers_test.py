@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from moe_tf.layers import moe
 from moe_tf.optimizers import FactoredAdam
+from tests import sets
 
 EXPERTS = (3, 4, 6)
 SHAPES = [(), (5,), (4, 6), EXPERTS, (2, 3, 4, 5)]
@@ -58,7 +59,7 @@ def train(optimizer, start, gradients, jit_compile=None):
     return np.stack(history)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@sets.JIT_COMPILE
 @pytest.mark.parametrize("beta_1,beta_2", [(0.0, 0.99), (0.8, 0.9), (0.5, 0)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_one_entry_at_a_time(shape, beta_1, beta_2, jit_compile):
@@ -182,6 +183,7 @@ print("equal")
 """
 
 
+@pytest.mark.thorough
 def test_trains_on_a_mesh_of_dtensor():
     # DTensor has no layout rule for some operations; one device shows it.
     assert "equal" in run_alone(DTENSOR)
@@ -232,7 +234,7 @@ def test_slots_are_named_by_their_weights_when_creators_are_replaced():
     assert created.items() >= want.items()
 
 
-@pytest.mark.parametrize("beta_1", [0.0, 0.9])
+@pytest.mark.parametrize("beta_1", [0.0, sets.thorough(0.9)])
 def test_training_resumes_from_a_saved_model(tmp_path, beta_1):
     schedule = keras.optimizers.schedules.InverseTimeDecay(0.1, 2, 0.5)
 
@@ -251,7 +253,11 @@ def test_training_resumes_from_a_saved_model(tmp_path, beta_1):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{}, {"beta_1": 0.9}, {"gradient_accumulation_steps": 2}]
+    "arguments",
+    [
+        {"beta_1": 0.9},
+        *map(sets.thorough, ({}, {"gradient_accumulation_steps": 2})),
+    ],
 )
 def test_xla_trains_alike(arguments):
     plain, compiled = (
@@ -329,7 +335,9 @@ def test_averaged_and_decayed_weights():
     np.testing.assert_allclose(weight, mean, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16"])
+@pytest.mark.parametrize(
+    "policy", ["mixed_bfloat16", sets.thorough("bfloat16")]
+)
 def test_16_bit_models_train(policy):
     layers = [
         keras.layers.Embedding(11, 12, dtype=policy),
@@ -359,6 +367,7 @@ def test_moments_of_16_bit_weights_follow_small_changes():
         np.testing.assert_allclose(slot, [want] * 2, rtol=1e-3)
 
 
+@pytest.mark.thorough
 def test_reaches_the_loss_of_adam_on_ill_scaled_inputs():
     rng = np.random.default_rng(0)
     x_BED = rng.normal(size=(128, 4, 16)) * np.logspace(-2, 0, 16)

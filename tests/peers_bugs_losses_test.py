@@ -19,6 +19,7 @@ from moe_tf import layers
 from moe_tf import losses
 from moe_tf.routing import gating
 from tests import every_router
+from tests import sets
 from tests.reference import moe as reference
 
 EVERY = pytest.mark.parametrize("name", every_router.SETTINGS)
@@ -39,7 +40,7 @@ def gradients(layer, x_TD, variables, task=0.0, **kwargs):
 
 
 @EVERY
-@pytest.mark.parametrize("weight", [0.0, 0.3])
+@pytest.mark.parametrize("weight", [sets.thorough(0.0), 0.3])
 def test_a_loss_is_added_once_and_times_its_weight(name, weight):
     # keras.io Switch example (no weight), tensor2tensor's `local_moe` until
     # July 2019 (weight applied twice), JetMoE (z-loss fixed at 0.1).
@@ -165,7 +166,7 @@ def test_two_layers_with_opposite_collapse_are_both_unbalanced():
 
 
 @EVERY
-@pytest.mark.parametrize("padding", [1, 40])
+@pytest.mark.parametrize("padding", [sets.thorough(1), 40])
 def test_padding_takes_no_slot_and_enters_no_loss(name, padding):
     # Megatron-LM #1984, marin #8953 (padding fills experts), DeepSpeed
     # (`used_token` for k = 1 only), Tutel, FastMoE, MegaBlocks (no mask).
@@ -312,7 +313,7 @@ def test_accumulation_takes_the_mean_of_the_balance_gradients():
     np.testing.assert_allclose(gate, want_DE, rtol=1e-4, atol=1e-5)
 
 
-@NOISY
+@pytest.mark.parametrize("name", ["noisy_top_k", sets.thorough("hierarchical")])
 def test_loss_scaling_gives_the_router_the_gradient_of_float32(name):
     # The balance loss is to be scaled and unscaled as the task's is.
     x_TD = np.round(8 * tokens(16)) / 8  # exact in float16
@@ -393,6 +394,7 @@ print(two.num_replicas_in_sync, "replicas agree")
 """
 
 
+@pytest.mark.thorough
 def test_two_replicas_of_one_batch_have_the_loss_of_one():
     # FastMoE (1/W^2 for W workers), keras #20609 and #19891. With different
     # data each replica balances its own.

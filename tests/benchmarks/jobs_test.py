@@ -23,6 +23,7 @@ def run(folder, then, seconds=60):
     return error, told[2:]
 
 
+@pytest.mark.thorough
 def test_a_failure_keeps_what_came_and_says_why(tmp_path):
     error, told = run(tmp_path, "fail")
     assert error == "ended with code 1"

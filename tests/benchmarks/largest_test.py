@@ -5,12 +5,13 @@ import sys
 import pytest
 
 from moe_tf.benchmarks import largest
+from tests import sets
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     "flags",
-    [("--capacity_factor=2",), pytest.param((), marks=pytest.mark.slow)],
+    [sets.thorough(("--capacity_factor=2",)), sets.slow(())],
 )
 def test_trains_and_tells_what_it_took(flags):
     result = subprocess.run(

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -6,6 +8,7 @@ from moe_tf import layers
 from moe_tf.benchmarks import layer_kinds
 from moe_tf.benchmarks import steps
 from moe_tf.dispatch import capacity
+from tests import sets
 
 SETTING = layer_kinds.Setting(tokens=20, width=6, hidden=10, k=2)
 NUM_EXPERTS = 5
@@ -36,13 +39,14 @@ def test_a_dropless_layer_multiplies_what_the_dense_one_does():
     assert step("grouped").flops() == SETTING.useful_flops + 2 * GATE
 
 
+@pytest.mark.thorough
 def test_a_dropless_layer_under_xla_pads_and_the_count_shows_it():
     flops = step("grouped", jit_compile=True).flops()
     assert flops > SETTING.useful_flops + 2 * GATE
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize("factor", [0.5, 1.0, 1.25])
+@sets.JIT_COMPILE
+@pytest.mark.parametrize("factor", [0.5, sets.thorough(1.0), 1.25])
 def test_a_layer_with_capacity_multiplies_its_slots(factor, jit_compile):
     got = step(f"capacity:{factor}", jit_compile=jit_compile).flops()
     assignments = SETTING.tokens * SETTING.k
@@ -53,10 +57,21 @@ def test_a_layer_with_capacity_multiplies_its_slots(factor, jit_compile):
     assert got == experts + 2 * GATE
 
 
-@pytest.mark.parametrize("dtype_policy", ["float32", "mixed_bfloat16"])
-@pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize(
-    "way", ["dense", "all_experts", "grouped", "capacity:1.0"]
+    "way,jit_compile,dtype_policy",
+    sets.split(
+        itertools.product(
+            ("dense", "all_experts", "grouped", "capacity:1.0"),
+            (False, True),
+            ("float32", "mixed_bfloat16"),
+        ),
+        [
+            ("dense", False, "mixed_bfloat16"),
+            ("all_experts", True, "float32"),
+            ("grouped", False, "float32"),
+            ("capacity:1.0", False, "mixed_bfloat16"),
+        ],
+    ),
 )
 def test_a_step_returns_outputs_and_every_gradient(
     way, jit_compile, dtype_policy

@@ -10,6 +10,7 @@ import moe_tf_configs
 from moe_tf.training import loop
 from moe_tf.training.language.task import LanguageModelTask
 from moe_tf.training.translation.task import TranslationTask
+from tests import sets
 from tests import small_text
 
 NAMES = sorted(
@@ -70,7 +71,7 @@ def test_builds_and_fits_the_task(name, arg):
         assert task.variant().name == arg[0]
 
 
-@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+@pytest.mark.parametrize("name", map(sets.thorough, LANGUAGE_MODELS))
 def test_tiny_form_trains_two_steps(name, tmp_path, capsys):
     config = config_of(name, "tiny")
     if config.data.corpus == "lm1b":

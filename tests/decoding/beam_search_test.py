@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from moe_tf.decoding import beam_search
 from moe_tf.decoding import sampling
+from tests import sets
 from tests.decoding import tiny_translator
 from tests.reference import beam_search as reference
 
@@ -49,7 +50,11 @@ def words(source_S):
 
 @pytest.mark.parametrize(
     "seed,alpha,beta",
-    [(0, 0.2, 0.2), (1, 0.0, 0.0), (2, 1.0, 0.0), (3, 0.6, 1.0)],
+    [
+        (0, 0.2, 0.2),
+        *map(sets.thorough, (1, 2), (0.0, 1.0), (0.0, 0.0)),
+        (3, 0.6, 1.0),
+    ],
 )
 def test_a_beam_that_holds_everything_finds_the_best_of_all(seed, alpha, beta):
     # 3 words and the end: 40 hypotheses of at most 4 tokens.
@@ -86,7 +91,7 @@ def test_a_beam_that_holds_everything_finds_the_best_of_all(seed, alpha, beta):
 @pytest.mark.parametrize(
     "pruning,sharpness", [(None, 4.0), (3.0, 4.0), (0.7, 1.0)]
 )
-@pytest.mark.parametrize("beam_size", [1, 2, 4])
+@pytest.mark.parametrize("beam_size", [1, *map(sets.thorough, (2,)), 4])
 def test_matches_one_hypothesis_at_a_time(beam_size, pruning, sharpness):
     seed = beam_size
     translator, run = compiled(

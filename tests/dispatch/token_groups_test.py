@@ -9,6 +9,7 @@ import tensorflow as tf
 from moe_tf.dispatch import plans
 from moe_tf.routing import gating
 from tests import every_router
+from tests import sets
 
 EVERY = pytest.mark.parametrize("name", every_router.SETTINGS)
 
@@ -81,7 +82,7 @@ def run_layer(name, x_TD, mask_T, **settings):
 
 
 @EVERY
-@pytest.mark.parametrize("capacity_factor", [None, 0.75])
+@pytest.mark.parametrize("capacity_factor", [sets.thorough(None), 0.75])
 def test_a_layer_routes_each_group_by_itself(name, capacity_factor):
     x_TD = tf.constant(every_router.tokens(24))
     mask_T = tf.constant(np.arange(24) % 7 > 0)
@@ -104,7 +105,7 @@ def test_a_layer_routes_each_group_by_itself(name, capacity_factor):
 
 
 @EVERY
-@pytest.mark.parametrize("jit_compile", [False, True])
+@sets.JIT_COMPILE
 def test_groups_that_do_not_divide_are_filled_with_masked_tokens(
     name, jit_compile
 ):

@@ -241,6 +241,7 @@ def start_in_many_ways():
     return found, len(tf.config.list_logical_devices("CPU"))
 
 
+@pytest.mark.thorough
 def test_starts_once():
     found, devices = process.run(start_in_many_ways)
     assert devices == 3

@@ -5,6 +5,7 @@ import tempfile
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
 import moe_tf
@@ -55,6 +56,7 @@ def leave():
         }
 
 
+@pytest.mark.thorough
 def test_files_of_a_mesh_predict_the_same():
     losses, predicted = process.run(leave)
     np.testing.assert_allclose(losses["mesh"], losses["one"], rtol=1e-6)

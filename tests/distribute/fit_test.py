@@ -269,6 +269,7 @@ def failures():
     return found
 
 
+@pytest.mark.thorough
 def test_errors_are_not_the_end_of_the_data():
     found = process.run(failures)
     assert "A step failed; this is not the end of the data" in found["step"]

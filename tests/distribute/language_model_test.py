@@ -114,6 +114,7 @@ def run_with_merged_all_reduces(wanted):
     return process.run(train_with_merged_all_reduces, wanted, env=env)
 
 
+@pytest.mark.slow
 def test_it_would_be_noticed_if_all_reduces_were_merged():
     found = run_with_merged_all_reduces((*FLAT, "adam"))
     ((apart, *_),) = found.values()

@@ -184,6 +184,7 @@ def test_a_layer_costs_two_all_to_alls_forward_and_two_backward(names):
         assert max(reduced[0]) < 8 * 8 * 12 * 4 / 4
 
 
+@pytest.mark.thorough
 def test_with_an_expert_axis_tokens_are_gathered_over_it_alone():
     found = process.run(exchanged, TWO_AXES, ("switch",))
     for length in (5, 20):
@@ -220,6 +221,7 @@ def experts_of_devices(axes, branchings):
     return found
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("axes", [BATCH_4, TWO_AXES], ids=str)
 def test_the_experts_of_a_group_lie_on_one_device(axes):
     found = process.run(experts_of_devices, axes, ((4, 2), (2, 4), (1, 8)))

@@ -44,6 +44,7 @@ def losses(names, on_mesh):
     return found
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "names", [QUICK, pytest.param(SLOW, marks=pytest.mark.slow)]
 )

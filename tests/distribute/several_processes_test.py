@@ -141,6 +141,7 @@ def results():
     return one, four, runs, raised
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("axes", ALL_AXES, ids=str)
 def test_equals_one_device(axes):
     one, four, pair, _ = results()
@@ -154,6 +155,7 @@ def test_equals_one_device(axes):
             )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("axes", ALL_AXES, ids=str)
 def test_processes_and_variables(axes):
     _, four, pair, _ = results()
@@ -299,6 +301,7 @@ LOSSES = [
 ]
 
 
+@pytest.mark.thorough
 def test_a_lost_process_ends_the_others():
     """Process 0, which leads the cluster, is killed, or frozen."""
     lose(LOSSES)

@@ -46,6 +46,7 @@ def train(mesh, optimizers):
     return found
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "mesh,optimizers",
     [

@@ -5,6 +5,7 @@ import tensorflow as tf
 
 from moe_tf.dispatch import plans
 from moe_tf.experts import gpu
+from tests import sets
 
 needs_jax = pytest.mark.skipif(
     gpu.obstacle(64, 64, "float32", "relu") is not None,
@@ -108,9 +109,9 @@ COUNTS = ([0, 150, 128, 0, 1, 0], [300, 5], [0, 0, 130], [60])
 @pytest.mark.parametrize(
     "counts,recompute",
     [
-        (COUNTS[0], True),
+        sets.thorough(COUNTS[0], True),
         (COUNTS[1], False),
-        (COUNTS[3], True),
+        sets.thorough(COUNTS[3], True),
         *(
             pytest.param(counts, recompute, marks=pytest.mark.slow)
             for counts in COUNTS
@@ -127,7 +128,7 @@ def test_matches_one_expert_after_the_other(counts, recompute):
 
 @needs_jax
 @pytest.mark.parametrize(
-    "dtype,tolerance", [("bfloat16", 2e-2), ("float16", 3e-3)]
+    "dtype,tolerance", [sets.thorough("bfloat16", 2e-2), ("float16", 3e-3)]
 )
 @pytest.mark.parametrize(
     "recompute", [False, pytest.param(True, marks=pytest.mark.slow)]
@@ -145,8 +146,7 @@ def test_half_precision(dtype, tolerance, recompute):
 @pytest.mark.parametrize(
     "name",
     [
-        "relu",
-        "silu",
+        *map(sets.thorough, ("relu", "silu")),
         "gelu_tanh",
         *(
             pytest.param(name, marks=pytest.mark.slow)
@@ -198,7 +198,7 @@ def test_activations_are_listed():
 
 
 @needs_jax
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [False, sets.thorough(True)])
 def test_slope_of_relu_at_zero_is_zero(recompute):
     counts = [100, 30]
     x, *rest = inputs(counts, "float32")
@@ -213,7 +213,7 @@ TILES = [(64, 64, 32, 4, 3, 1), (128, 32, 64, 4, 3, 2), (64, 128, 16, 8, 4, 5)]
 
 
 @needs_jax
-@pytest.mark.parametrize("tiles", TILES)
+@pytest.mark.parametrize("tiles", map(sets.thorough, TILES))
 def test_tiles_do_not_change_answers(tiles):
     jax = pytest.importorskip("jax")
     from moe_tf.experts import gpu_kernels
@@ -247,6 +247,7 @@ def test_tiles_do_not_change_answers(tiles):
         )
 
 
+@pytest.mark.thorough
 @needs_jax
 def test_blocks_without_tokens():
     counts = [0, 40, 0]
@@ -257,6 +258,7 @@ def test_blocks_without_tokens():
     assert (y_SD[BLOCK:] == 0).all()
 
 
+@pytest.mark.thorough
 @needs_jax
 def test_gradients_of_wide_matrices_are_not_rounded():
     counts = [70, 200]

@@ -7,6 +7,7 @@ import tensorflow as tf
 import moe_tf
 from moe_tf import xla
 from moe_tf.experts import gpu
+from tests import sets
 
 pytest.importorskip("jax", reason="needs the extra `kernels`")
 
@@ -76,8 +77,12 @@ def batch(dtype="float32", masked=True):
 @pytest.mark.parametrize(
     "name,recompute",
     [
-        *((name, False) for name in SETTINGS if name != "dropless"),
+        ("expert_choice", False),
         ("dropless", True),
+        *(
+            sets.thorough(name, False)
+            for name in ("noisy", "capacity", "by_value", "batchwise")
+        ),
         *(
             pytest.param(name, name != "dropless", marks=pytest.mark.slow)
             for name in SETTINGS
@@ -101,7 +106,7 @@ def test_it_gives_what_tensorflows_products_give(as_on_a_gpu, name, recompute):
 
 @pytest.mark.parametrize(
     "dtype",
-    ["bfloat16", pytest.param("mixed_bfloat16", marks=pytest.mark.slow)],
+    [sets.thorough("bfloat16"), sets.slow("mixed_bfloat16")],
 )
 def test_a_program_of_its_own_in_bfloat16(as_on_a_gpu, dtype):
     seen = []

@@ -6,12 +6,14 @@ import pytest
 import tensorflow as tf
 
 from moe_tf.layers import moe
+from tests import sets
 
 
 def tokens(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape)
 
 
+@pytest.mark.thorough
 def test_same_seed_same_training():
     x_BLD, y_BLD = tokens(6, 3, 6), tokens(6, 3, 6, seed=1)
     histories = []
@@ -47,8 +49,8 @@ def functional():
     "make,jit_compile",
     [
         (sequential, False),
-        (functional, True),
-        (Subclassed, False),
+        sets.thorough(functional, True),
+        sets.thorough(Subclassed, False),
         pytest.param(sequential, True, marks=pytest.mark.slow),
         pytest.param(functional, False, marks=pytest.mark.slow),
         pytest.param(Subclassed, True, marks=pytest.mark.slow),
@@ -69,7 +71,7 @@ def test_fits_in_any_keras_model_and_logs_its_balance(make, jit_compile):
     assert set(history["moe_dropped_fraction"]) == {0.0}
 
 
-@pytest.mark.parametrize("make", [sequential, functional])
+@pytest.mark.parametrize("make", [sets.thorough(sequential), functional])
 def test_keras_file_and_saved_model_give_the_same_outputs(make, tmp_path):
     model = make()
     x_BLD = tokens(4, 3, 6).astype("float32")

@@ -1,5 +1,6 @@
 """SparseMoE over many shapes against a slow loop, and what must not matter."""
 
+import itertools
 import math
 
 import hypothesis
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from moe_tf.dispatch import choice
 from moe_tf.layers import moe
+from tests import sets
 from tests.reference import batchwise as reference
 
 few = hypothesis.settings(max_examples=6, deadline=None)
@@ -144,8 +146,14 @@ COMPILED = [
 ]
 
 
-@pytest.mark.parametrize("case", COMPILED, ids=repr)
-@pytest.mark.parametrize("wide", [None, 20.0])
+@pytest.mark.parametrize(
+    "wide,case",
+    sets.split(
+        itertools.product((None, 20.0), COMPILED),
+        [(None, COMPILED[0]), (20.0, COMPILED[1])],
+    ),
+    ids=repr,
+)
 def test_blocks_and_capacity_under_xla_equal_the_slow_loop(wide, case):
     layer = case.layer(load_weight=0.0, capacity_factor=wide)
     got = run(layer, case.x_TD, case.dy_TD, case.mask_T, True, jit_compile=True)
@@ -204,8 +212,14 @@ def test_what_drops_is_what_the_policy_says(policy, case, factor):
     check_drops(case, factor, policy, jit_compile=None)
 
 
-@pytest.mark.parametrize("policy", choice.DROP_POLICIES)
-@pytest.mark.parametrize("case", COMPILED, ids=repr)
+@pytest.mark.parametrize(
+    "policy,case",
+    sets.split(
+        itertools.product(choice.DROP_POLICIES, COMPILED),
+        zip(choice.DROP_POLICIES, COMPILED, strict=False),
+    ),
+    ids=repr,
+)
 def test_what_drops_under_xla_is_what_the_policy_says(policy, case):
     check_drops(case, 0.5, policy, jit_compile=True)
 
@@ -259,8 +273,13 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("capacity_factor", [None, 0.75])
-@pytest.mark.parametrize("gating,training", WAYS)
+@pytest.mark.parametrize(
+    "gating,training,capacity_factor",
+    sets.split(
+        [(*way, factor) for way in WAYS for factor in (None, 0.75)],
+        [(*way, (None, 0.75)[i % 2]) for i, way in enumerate(WAYS)],
+    ),
+)
 @hypothesis.settings(few, max_examples=6)
 @hypothesis.given(case=cases())
 def test_padding_anywhere_changes_nothing(
@@ -289,7 +308,7 @@ def test_padding_anywhere_changes_nothing(
         np.testing.assert_allclose(got_array, want_array, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("gating,training", WAYS)
+@pytest.mark.parametrize("gating,training", sets.split(WAYS, WAYS[::2]))
 @hypothesis.settings(few, max_examples=6)
 @hypothesis.given(case=cases(least_tokens=2), data=st.data())
 def test_the_order_of_tokens_does_not_matter(gating, training, case, data):
@@ -308,7 +327,12 @@ def test_the_order_of_tokens_does_not_matter(gating, training, case, data):
 
 
 @pytest.mark.parametrize(
-    "gating", ["noisy_top_k", "softmax_top_k", "switch", "batchwise"]
+    "gating",
+    [
+        "noisy_top_k",
+        *map(sets.thorough, ("softmax_top_k", "switch")),
+        "batchwise",
+    ],
 )
 @hypothesis.settings(few, max_examples=6)
 @hypothesis.given(case=cases(least_tokens=2))
@@ -325,7 +349,7 @@ def test_alone_as_in_a_batch(gating, case):
     assert_same(total, together[3:])
 
 
-@pytest.mark.parametrize("gating,training", WAYS)
+@pytest.mark.parametrize("gating,training", sets.split(WAYS, WAYS[1::2]))
 @hypothesis.settings(few, max_examples=6)
 @hypothesis.given(case=cases(), data=st.data())
 def test_the_names_of_the_experts_do_not_matter(gating, training, case, data):
@@ -364,7 +388,7 @@ def test_recomputing_changes_nothing(case, factor):
     check_recomputing(case, factor, jit_compile=None)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@sets.JIT_COMPILE
 def test_recomputing_in_a_graph_changes_nothing(jit_compile):
     check_recomputing(COMPILED[0], None, jit_compile)
 

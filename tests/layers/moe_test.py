@@ -9,6 +9,7 @@ from keras import ops
 from moe_tf.layers import moe
 from tests import finite_differences
 from tests import keras_contract
+from tests import sets
 from tests.reference import moe as reference
 
 
@@ -109,7 +110,7 @@ def test_matches_the_numpy_oracle(num_experts, k, training):
         np.testing.assert_allclose(sum(layer.losses), want, rtol=1e-6)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@sets.JIT_COMPILE
 @pytest.mark.parametrize(
     "num_experts,k,masked,capacity_factor",
     [
@@ -232,7 +233,7 @@ def test_experts_without_tokens():
     np.testing.assert_allclose(sum(layer.losses), 0.2 * 7, rtol=1e-6)
 
 
-@pytest.mark.parametrize("num_experts,k", SIZES)
+@pytest.mark.parametrize("num_experts,k", sets.split(SIZES, SIZES[::4]))
 @pytest.mark.parametrize(
     "masked", [pytest.param(False, marks=pytest.mark.slow), True]
 )

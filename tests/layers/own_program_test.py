@@ -18,7 +18,14 @@ FEW = {
     ("expert_choice", None, True),
 }
 CASES = [
-    pytest.param(*case, marks=[] if case in FEW else pytest.mark.slow)
+    pytest.param(
+        *case,
+        marks=[]
+        if case == ("noisy_top_k", 0.75, False)
+        else pytest.mark.thorough
+        if case in FEW
+        else pytest.mark.slow,
+    )
     for case in itertools.product(
         every_router.SETTINGS, (None, 0.75), (False, True)
     )
@@ -97,6 +104,7 @@ def test_a_functional_model_trains_the_same_and_logs_the_same():
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.thorough
 def test_recomputation_and_mixed_precision_work_inside():
     x_TD = tf.constant(every_router.tokens(23), tf.float32)
     seen = []
@@ -109,6 +117,7 @@ def test_recomputation_and_mixed_precision_work_inside():
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.thorough
 def test_noise_is_drawn_anew_in_every_call():
     layer = every_router.layer("noisy_top_k", jit_compile=True)
 

@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 from moe_tf.layers import moe
+from tests import sets
 
 
 def results(recompute, jit_compile, **kwargs):
@@ -36,7 +37,7 @@ def results(recompute, jit_compile, **kwargs):
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"capacity_factor": 0.8}])
-@pytest.mark.parametrize("jit_compile", [False, True])
+@sets.JIT_COMPILE
 def test_changes_no_value_and_no_gradient(jit_compile, kwargs):
     # The router's gradients hold those of its losses, which Keras's own
     # RematScope loses.

@@ -10,6 +10,7 @@ from moe_tf.routing import batchwise
 from moe_tf.routing import expert_choice
 from tests import finite_differences
 from tests import keras_contract
+from tests import sets
 from tests.reference import batchwise as reference
 from tests.reference import moe as moe_reference
 
@@ -99,8 +100,10 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize("num_experts,k,num_tokens,masked", SIZES)
+@sets.JIT_COMPILE
+@pytest.mark.parametrize(
+    "num_experts,k,num_tokens,masked", sets.split(SIZES, (SIZES[1], SIZES[4]))
+)
 @pytest.mark.parametrize("name", ["batchwise", "expert_choice"])
 def test_matches_the_numpy_oracle(
     name, num_experts, k, num_tokens, masked, jit_compile
@@ -134,12 +137,12 @@ def test_matches_the_numpy_oracle(
             assert without_T.any()
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@sets.JIT_COMPILE
 @pytest.mark.parametrize(
     "name,num_experts,k,masked",
     [
         ("batchwise", 5, 2, True),
-        ("batchwise", 20, 3, False),
+        sets.thorough("batchwise", 20, 3, False),
         ("expert_choice", 5, 2, True),
     ],
 )
@@ -157,8 +160,8 @@ def test_gradients_match_finite_differences(
     assert all(map(np.any, gradients))
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
+@sets.JIT_COMPILE
+@pytest.mark.parametrize("masked", [sets.thorough(False), True])
 def test_the_threshold_loss_counts_tokens(masked, jit_compile):
     # Equation 20: dL/dT_i = -(tokens that pass T_i - m), in whole numbers;
     # nothing for the gate, nothing for x.
@@ -201,7 +204,7 @@ def test_the_threshold_loss_counts_tokens(masked, jit_compile):
     np.testing.assert_array_equal(gradient_E, -weight * (passing_E - m))
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@sets.JIT_COMPILE
 @pytest.mark.parametrize("training", [False, True])
 def test_padding_does_not_change_what_is_reported(training, jit_compile):
     # Also outside training, where the thresholds themselves choose, so that
@@ -261,7 +264,7 @@ def test_at_inference_a_token_does_not_depend_on_its_batch():
 @pytest.mark.parametrize(
     "make_optimizer,peak",
     [
-        (keras.optimizers.Adam, 0.01),
+        sets.thorough(keras.optimizers.Adam, 0.01),
         pytest.param(keras.optimizers.SGD, 0.1, marks=pytest.mark.slow),
     ],
 )

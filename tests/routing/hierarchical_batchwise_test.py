@@ -12,6 +12,7 @@ from moe_tf.models import layer_specs
 from moe_tf.routing import hierarchical_batchwise
 from tests import finite_differences
 from tests import keras_contract
+from tests import sets
 from tests.reference import batchwise as flat_reference
 from tests.reference import hierarchical_batchwise as reference
 
@@ -144,8 +145,8 @@ def test_matches_the_numpy_oracle(
                 assert without_T[mask_T].any()
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
+@sets.JIT_COMPILE
+@pytest.mark.parametrize("masked", [sets.thorough(False), True])
 def test_the_threshold_loss_counts_tokens_at_both_levels(masked, jit_compile):
     # dL/dT = -(tokens that pass T - m), in whole numbers; nothing for the
     # gates, nothing for x.
@@ -242,7 +243,7 @@ def test_what_masked_tokens_hold_does_not_matter(num_groups):
             np.testing.assert_array_equal(other, one)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@sets.JIT_COMPILE
 def test_a_broken_token_shows_and_stays_alone(jit_compile):
     layer = layer_of((3, 4), 2)
     others = np.arange(9) != 3

@@ -14,6 +14,7 @@ from moe_tf.routing import gating
 from moe_tf.routing import router
 from moe_tf.routing import softmax_top_k
 from tests import keras_contract
+from tests import sets
 
 # Each gating with the number of losses it adds and of weights it has.
 GATINGS = [
@@ -125,7 +126,7 @@ class ArgmaxRouter(router.GateRouter):
         return self.routing(gating.Gates(weight_TK, expert_TK), mask)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@sets.JIT_COMPILE
 @pytest.mark.parametrize("capacity_factor", [None, 3.0])
 def test_experts_of_int64_are_taken(capacity_factor, jit_compile):
     layer = layer_of(ArgmaxRouter(4, 1), capacity_factor=capacity_factor)
@@ -173,8 +174,12 @@ def test_a_router_of_the_users_own_trains_masks_and_logs():
     "make",
     [
         lambda: CosineRouter(3, k=2, spread_weight=0.25),
-        lambda: softmax_top_k.SoftmaxTopKRouter(3, k=2, load_weight=0.5),
-        lambda: batchwise.BatchwiseRouter(3, threshold_weight=0.5, k=2),
+        sets.thorough(
+            lambda: softmax_top_k.SoftmaxTopKRouter(3, k=2, load_weight=0.5)
+        ),
+        sets.thorough(
+            lambda: batchwise.BatchwiseRouter(3, threshold_weight=0.5, k=2)
+        ),
     ],
 )
 def test_a_model_with_a_router_instance_comes_back_from_its_file(
@@ -332,7 +337,7 @@ def compiled(layer, training, jit_compile):
     return run
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@sets.JIT_COMPILE
 @pytest.mark.parametrize("name", NAMES)
 def test_a_broken_token_shows_and_stays_alone(name, jit_compile):
     # `expert_choice` has no loss but this one.
@@ -353,7 +358,7 @@ def test_a_broken_token_shows_and_stays_alone(name, jit_compile):
         assert losses and np.isnan(losses).all()
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@sets.JIT_COMPILE
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "switch"])
 def test_all_experts_for_every_token(name, jit_compile):
     # With k = n the output is the full softmax mixture, equation 2 (of noisy

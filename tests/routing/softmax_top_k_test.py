@@ -9,6 +9,7 @@ from moe_tf.layers import moe
 from moe_tf.routing import softmax_top_k
 from tests import finite_differences
 from tests import keras_contract
+from tests import sets
 from tests.reference import batchwise
 from tests.reference import moe as reference
 
@@ -109,7 +110,7 @@ def test_matches_the_numpy_oracle(name, num_experts, k, masked):
     assert float(latest["load_loss"]) == pytest.approx(want[1] / 0.7, abs=1e-6)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@sets.JIT_COMPILE
 @pytest.mark.parametrize(
     "name,num_experts,k,masked",
     [
@@ -207,7 +208,7 @@ def test_the_kernel_starts_small_but_apart():
 @pytest.mark.parametrize(
     "name", ["noisy_top_k", "softmax_top_k", "switch", "batchwise"]
 )
-@pytest.mark.parametrize("jit_compile", [False, True])
+@sets.JIT_COMPILE
 def test_the_z_loss_reaches_the_router_from_real_tokens_alone(
     name, jit_compile
 ):

@@ -133,6 +133,7 @@ def test_all_experts_are_skipped_with_a_reason_where_they_are_too_large():
     assert not any("times as fast" in line for line in rest)
 
 
+@pytest.mark.thorough
 def test_a_number_of_experts_below_k_is_refused():
     # As users start it; the others are forks that have imported TensorFlow.
     result = subprocess.run(

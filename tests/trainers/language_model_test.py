@@ -27,6 +27,7 @@ def finished(tmp_path_factory):
     return workdir, result.stdout.decode()
 
 
+@pytest.mark.thorough
 def test_killed_run_ends_with_the_same_bits(finished, tmp_path):
     killed = dataclasses.replace(TRAINER, flags=SIX_STEPS)
     for moment in (runs.saved(2), runs.writes(4)):
@@ -159,6 +160,7 @@ def test_no_checkpoint_is_said(tmp_path):
     assert "`workdir`" in result.stderr.decode()
 
 
+@pytest.mark.thorough
 def test_full_disk_leaves_the_last_good_checkpoint(finished, tmp_path):
     # A limit on file sizes that the second checkpoint runs into: what it
     # adds to the first is only its own size, so the limit is set in between.
@@ -206,6 +208,7 @@ def test_a_terminal_gets_a_bar(tmp_path):
         assert name in told
 
 
+@pytest.mark.thorough
 def test_interrupt_says_how_to_go_on(tmp_path):
     code, told = TRAINER.signal_at(
         tmp_path, runs.saved(2), signal.SIGINT, *SIX_STEPS

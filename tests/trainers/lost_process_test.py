@@ -9,6 +9,7 @@ import sys
 import time
 
 import numpy as np
+import pytest
 
 from tests.trainers import runs
 
@@ -49,6 +50,7 @@ def second_process(launcher):
     raise AssertionError("there is no second process")
 
 
+@pytest.mark.thorough
 def test_a_killed_run_of_two_processes_goes_on_in_one(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     TRAINER.succeed(whole)

@@ -116,6 +116,7 @@ def test_learns_to_translate_what_it_has_not_seen(run):
     assert float(rows[-1].split(",")[bleu]) > 60
 
 
+@pytest.mark.thorough
 def test_a_killed_run_ends_with_the_same_bits(trained, tmp_path):
     trainer, finished = trained
     step = 2 * EVERY
@@ -127,6 +128,7 @@ def test_a_killed_run_ends_with_the_same_bits(trained, tmp_path):
     )
 
 
+@pytest.mark.thorough
 def test_evaluate_repeats_what_training_told(run):
     again = run.call("evaluate")[0].splitlines()
     assert len(lines_that(again, FIGURES)) == 2
@@ -178,6 +180,7 @@ def test_files_are_translated_too(run, tmp_path):
     assert out.splitlines() == run.translate(sources()[:2])
 
 
+@pytest.mark.thorough
 def test_the_scores_of_translations_are_their_probabilities(run):
     """Step by step with a cache, and all at once as in training."""
     rows = [
@@ -212,6 +215,7 @@ def test_the_scores_of_translations_are_their_probabilities(run):
     assert compared >= 8
 
 
+@pytest.mark.thorough
 def test_methods_and_best_lists(run):
     rows = [
         line.split("\t")
@@ -238,6 +242,7 @@ def test_scores_go_on_over_bad_lines(run):
     assert told[3:] == ["skipped: blank", "skipped: too_long"]
 
 
+@pytest.mark.thorough
 def test_the_mean_of_states_translates_as_well(run):
     average = {"translate.checkpoint": "average"}
     with pytest.raises(ValueError, match="no average checkpoint"):
@@ -267,6 +272,7 @@ assert "moe_tf" not in sys.modules
 """
 
 
+@pytest.mark.thorough
 def test_the_export_answers_alike_without_this_package(run, tmp_path):
     run.call("export")
     served = subprocess.run(

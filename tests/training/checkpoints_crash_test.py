@@ -118,6 +118,7 @@ def _save_forever(directory, keep, pipe):
         pipe.send(step)
 
 
+@pytest.mark.thorough
 def test_real_kills_lose_nothing_that_was_saved(tmp_path):
     draw = random.Random(0)
     reached = []

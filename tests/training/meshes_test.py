@@ -240,6 +240,7 @@ def sent(tmp_path_factory):
     return process.run(what_a_step_sends, str(workdir))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", SENT)
 def test_the_dry_run_tells_what_is_sent(sent, name):
     found, told = sent[name]

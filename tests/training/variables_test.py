@@ -128,6 +128,7 @@ def test_a_restored_run_goes_on_bit_for_bit(tmp_path, make_model):
         third.join()
 
 
+@pytest.mark.thorough
 def test_holds_all_state_and_no_metrics():
     model = build(Tower)
     train(model, 0, 1)

@@ -10,6 +10,7 @@ from moe_tf.data.parallel import batch_plan
 from moe_tf.data.parallel import batching
 from moe_tf.data.parallel import corpora
 from moe_tf.data.parallel import preparation
+from tests import sets
 from tests.data.parallel import files
 
 SIZES = {"en-de": (150, 9, 20), "fr-en": (40, 5, 6), "en-fr": (3, 2, 2)}
@@ -104,7 +105,7 @@ def test_rows_fill_a_batch_and_keep_to_the_multiple():
 
 @pytest.mark.parametrize("fixture", ["one_pair", "prepared"])
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
-@pytest.mark.parametrize("rows_multiple", [None, 4])
+@pytest.mark.parametrize("rows_multiple", [sets.thorough(None), 4])
 def test_evaluation_has_every_pair_once(request, fixture, split, rows_multiple):
     prepared = request.getfixturevalue(fixture)
     dataset = batching.batches(
@@ -189,7 +190,7 @@ def test_a_long_pair_is_a_batch_of_its_own(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("rows_multiple", [None, 4])
+@pytest.mark.parametrize("rows_multiple", [sets.thorough(None), 4])
 def test_each_pass_has_every_pair_once_in_another_order(
     prepared, rows_multiple
 ):

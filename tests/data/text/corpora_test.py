@@ -131,6 +131,7 @@ def prepared_lm1b(tmp_path):
     return tmp_path
 
 
+@pytest.mark.thorough
 def test_tfds_splits_hold_each_sentence_once(
     prepared_lm1b, data_config, tmp_path
 ):

@@ -76,6 +76,7 @@ def test_a_run_cut_short_begins_again(config, workdir):
     assert second.vocabulary.fingerprint == first.vocabulary.fingerprint
 
 
+@pytest.mark.thorough
 def test_a_moved_run_still_loads(
     sotu_prepared, sotu_workdir, data_config, tmp_path
 ):

@@ -4,6 +4,7 @@ import tensorflow as tf
 
 from moe_tf.layers.attention import multi_head
 from moe_tf.layers.recurrent.attention_lstm import AttentionLSTM
+from tests import sets
 from tests.reference import attention
 from tests.reference.lstm import sigmoid
 
@@ -65,7 +66,7 @@ def test_matches_a_numpy_loop_whole_and_in_steps(form):
         np.testing.assert_allclose(weight_BS, want_weights[:, t], atol=1e-9)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@sets.JIT_COMPILE
 def test_gradients_match_finite_differences(jit_compile):
     layer = make()
     x_BLD = tf.Variable(draw(B, L, D, seed=8))

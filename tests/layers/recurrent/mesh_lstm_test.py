@@ -5,6 +5,7 @@ import tensorflow as tf
 
 from moe_tf.layers.recurrent import mesh_lstm
 from moe_tf.layers.recurrent import projected_lstm
+from tests import sets
 
 CELLS = {
     "plain": lambda: keras.layers.LSTMCell(6, use_bias=False, dtype="float64"),
@@ -14,7 +15,9 @@ CELLS = {
 }
 
 
-@pytest.mark.parametrize("length", [1, 3, 5, 8, 9, 10])
+@pytest.mark.parametrize(
+    "length", [*map(sets.thorough, (1, 3, 5, 8)), 9, sets.thorough(10)]
+)
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize("wrap", [lambda f: f, tf.function])
 def test_equals_the_loop_of_keras(name, length, wrap):

@@ -6,6 +6,7 @@ import tensorflow as tf
 from moe_tf.layers.softmax import sampled
 from moe_tf.layers.softmax import token_chunks
 from moe_tf.layers.softmax.sampled import SampledSoftmax
+from tests import sets
 
 
 def random_batch(num_tokens, width, vocabulary_size, dtype="float32"):
@@ -198,7 +199,7 @@ def test_gradient_of_the_kernel_touches_drawn_rows_alone():
 # The whole softmax.
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 7, 8, 9])
+@pytest.mark.parametrize("num_tokens", [0, *map(sets.thorough, (1, 7, 8)), 9])
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 1000])
 def test_chunks_match_tensorflow(num_tokens, chunk_tokens):
     features, kernel, targets_T = random_batch(num_tokens, 4, 11, "float64")
@@ -302,7 +303,7 @@ def test_mixed_precision_sums_in_float32(training):
     np.testing.assert_allclose(mixed_gradient, gradient, atol=0.06)
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [sets.thorough(False), True])
 def test_xla_computes_the_same(training):
     features_TD, kernel_VD, targets_T = random_batch(9, 4, 30)
     results = []

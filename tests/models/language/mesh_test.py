@@ -76,6 +76,7 @@ def runs(names):
     return process.run(train_both_ways, names)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", QUICK)
 def test_equals_one_device(name):
     check(name, *runs(QUICK)[name])

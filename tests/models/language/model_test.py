@@ -10,6 +10,7 @@ import tensorflow as tf
 from moe_tf.layers import BatchwiseRouter
 from moe_tf.models.language import variants
 from moe_tf.models.language.model import LanguageModel
+from tests import sets
 from tests.reference.lstm import lstm
 from tests.reference.lstm import sigmoid
 
@@ -52,6 +53,8 @@ def text(*shape):
     "name,width",
     [
         (name, width)
+        if width or not name.startswith("MoE-256")
+        else sets.thorough(name, width)
         for name in [*NAMES, "MoE-256", "MoE-256-h", "MoE-34M", "MoE-143M"]
         for width in (16, None)
         # Their orthogonal start alone takes half a minute, or the weights
@@ -274,6 +277,7 @@ def test_config_holds_every_argument():
     assert copy.dtype_policy.name == "mixed_bfloat16"
 
 
+@pytest.mark.thorough
 def test_a_saved_model_loads_where_only_moe_tf_is_imported(tmp_path):
     model = LanguageModel("MoE-4", 9, width=6, seed=0)
     tokens_BL = np.array([[2, 5, 6, 3], [2, 7, 3, 0]])

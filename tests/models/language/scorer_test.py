@@ -7,6 +7,7 @@ from moe_tf.metrics import Perplexity
 from moe_tf.models.language.model import LanguageModel
 from moe_tf.models.language.scorer import MeanOverWords
 from moe_tf.models.language.scorer import NextWordScorer
+from tests import sets
 
 VOCABULARY_SIZE = 40
 SUCCESSORS = ((1, 0.75), (7, 0.25))
@@ -60,7 +61,7 @@ def evaluate(scorer, data, **kwargs):
 @pytest.mark.parametrize(
     "variant,num_sampled",
     [
-        ("LSTM-2048-512", None),
+        sets.thorough("LSTM-2048-512", None),
         ("MoE-8", 15),
         pytest.param("MoE-4", None, marks=pytest.mark.slow),
     ],
@@ -110,7 +111,7 @@ def test_loss_is_the_mean_over_words_and_the_balancing_losses():
 
 
 @pytest.mark.parametrize("num_sampled", [None, 10])
-@pytest.mark.parametrize("variant", ["MoE-1-Wide", "MoE-8"])
+@pytest.mark.parametrize("variant", [sets.thorough("MoE-1-Wide"), "MoE-8"])
 def test_padding_changes_neither_loss_nor_gradients_nor_metrics(
     variant, num_sampled
 ):
@@ -142,6 +143,7 @@ def test_padding_changes_neither_loss_nor_gradients_nor_metrics(
     assert np.linalg.norm(gradients[0]) > 0
 
 
+@pytest.mark.thorough
 def test_batch_of_padding_alone_costs_nothing():
     scorer = make("MoE-8", num_sampled=10)
     nothing = np.zeros((2, 3), "int32")
@@ -151,6 +153,7 @@ def test_batch_of_padding_alone_costs_nothing():
     assert all(np.isfinite(w).all() for w in scorer.get_weights())
 
 
+@pytest.mark.thorough
 def test_same_seed_trains_the_same():
     x, y, weights = markov_text(8, 6, seed=0)
     losses = []
@@ -190,6 +193,7 @@ def test_trains_in_mixed_precision():
     np.testing.assert_allclose(results[1], results[0], rtol=0.05)
 
 
+@pytest.mark.thorough
 def test_saved_scorer_goes_on_training(tmp_path):
     scorer = make("MoE-8", num_sampled=10)
     x, y, weights = data = markov_text(8, 6, seed=0)

@@ -5,6 +5,7 @@ import tensorflow as tf
 
 from moe_tf.models import TranslationScorer
 from moe_tf.models.translation import factory
+from tests import sets
 
 V = 24
 SMALL = {
@@ -70,7 +71,7 @@ def evaluate(scorer, data):
 @pytest.mark.parametrize(
     "name",
     [
-        "GNMT-MoE-4",
+        sets.thorough("GNMT-MoE-4"),
         # This learns in `tests/trainers/machine_translation_test.py`.
         pytest.param("Transformer-MoE-4", marks=pytest.mark.slow),
     ],
@@ -89,7 +90,7 @@ def test_fit_learns_to_copy(name):
     assert {"loss", "perplexity", "words"} < set(logs)
 
 
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("label_smoothing", [sets.thorough(0.0), 0.1])
 def test_loss_is_the_smoothed_mean_and_perplexity_is_not(label_smoothing):
     scorer = make("GNMT", label_smoothing)
     x, _, weights = data = padded(copying(3, 5, seed=0), 1, 2, 3)
@@ -114,7 +115,10 @@ def test_loss_is_the_smoothed_mean_and_perplexity_is_not(label_smoothing):
 
 @pytest.mark.parametrize(
     "name,settings",
-    [("GNMT-MoE-4", {"bidirectional": True}), ("Transformer-MoE-4", {})],
+    [
+        sets.thorough("GNMT-MoE-4", {"bidirectional": True}),
+        ("Transformer-MoE-4", {}),
+    ],
 )
 def test_padding_changes_neither_loss_nor_gradients(name, settings):
     short = copying(4, 6, seed=0)
@@ -148,7 +152,7 @@ def test_padding_changes_neither_loss_nor_gradients(name, settings):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("GNMT", marks=pytest.mark.slow), "Transformer-MoE-4"]
+    "name", [sets.slow("GNMT"), sets.thorough("Transformer-MoE-4")]
 )
 def test_xla_trains_alike(name):
     x, y, weights = copying(4, 6, seed=0)

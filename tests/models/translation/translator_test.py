@@ -8,6 +8,7 @@ import tensorflow as tf
 from moe_tf.data.parallel.wordpieces import Wordpieces
 from moe_tf.models.translation import factory
 from moe_tf.models.translation import translator
+from tests import sets
 from tests import small_text
 
 
@@ -48,7 +49,7 @@ def greedy_by_hand(model, wordpieces, text, language, limit):
     return wordpieces.decode([tokens])[0].numpy()
 
 
-@pytest.mark.parametrize("language", ["de", "fr"])
+@pytest.mark.parametrize("language", ["de", sets.thorough("fr")])
 def test_greedy_equals_whole_passes_by_hand(parts, language):
     model, wordpieces = parts
     ratio = 1.0
@@ -90,6 +91,7 @@ def test_neither_the_batch_nor_padding_matters(parts, method):
     assert together["translation"].shape == (3, number)
 
 
+@pytest.mark.thorough
 def test_one_seed_one_draw(parts):
     settings = translator.Settings(method="sample", temperature=2.0)
     first = translator.Translator(*parts, settings)(TEXTS, "de")

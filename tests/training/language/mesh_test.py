@@ -95,6 +95,7 @@ def tensors(path):
     }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "axes,variant",
     [
@@ -126,6 +127,7 @@ def test_equals_one_device(runs, axes, variant):
         )
 
 
+@pytest.mark.thorough
 def test_an_interrupted_run_ends_with_the_same_bits(runs):
     folder = runs(SQUARE, MOE)
     want = final_state(folder / MOE)
@@ -181,6 +183,7 @@ def pass_on(start, folder):
     return path
 
 
+@pytest.mark.thorough
 def test_five_meshes_and_back_give_the_same_bits(runs, tmp_path):
     run = runs(SQUARE, MOE) / MOE
     shutil.copytree(run, tmp_path / "run")

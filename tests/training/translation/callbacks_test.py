@@ -40,6 +40,7 @@ def test_the_board_has_scores_and_examples_of_each_pair(workdir):
         assert source in examples[0].decode()
 
 
+@pytest.mark.thorough
 def test_the_history_has_means_and_pairs(workdir):
     header, *rows = (workdir / "history.csv").read_text().splitlines()
     names = header.split(",")

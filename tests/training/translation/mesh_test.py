@@ -108,6 +108,7 @@ def runs(tmp_path_factory):
     return run
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_one_device(runs, name):
     got, want = (runs(name, on_mesh) for on_mesh in (True, False))
@@ -118,6 +119,7 @@ def test_equals_one_device(runs, name):
     assert got[1]["words"] > 150
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", NAMES)
 def test_the_dry_run_tells_what_is_sent(runs, name):
     *_, ops = runs(name, True)
