@@ -1,8 +1,8 @@
 """LibreOffice's help from English to ten languages, one model (section 5.4).
 
-    moe-tf-mt --config=configs/mt_libreoffice.py:MoE --workdir=runs/many
-    moe-tf-mt --config=configs/mt_libreoffice.py:dense --workdir=runs/dense
-    moe-tf-mt --config=configs/mt_libreoffice.py:dense --workdir=runs/en-de \
+    moe-tf-mt --config=mt_libreoffice:MoE --workdir=runs/many
+    moe-tf-mt --config=mt_libreoffice:dense --workdir=runs/dense
+    moe-tf-mt --config=mt_libreoffice:dense --workdir=runs/en-de \
         --config.data.pairs=en-de
 
 After the colon: `MoE`, 32 experts of which each word gets two, or `dense`,

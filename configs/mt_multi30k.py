@@ -1,6 +1,6 @@
 """Multi30k, English to German: the published Transformer, and with experts.
 
-    moe-tf-mt --config=configs/mt_multi30k.py --workdir=runs/multi30k \
+    moe-tf-mt --config=mt_multi30k --workdir=runs/multi30k \
         --config.data.path=multi30k/tok
 
 `data.path` is the folder of the tokenised text (`train.lc.norm.tok.en.gz`

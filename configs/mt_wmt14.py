@@ -1,6 +1,6 @@
 """WMT'14 with the paper's translation models (section 5.3, appendix E).
 
-    moe-tf-mt --config=configs/mt_wmt14.py:GNMT-MoE-2048-h --workdir=runs/wmt
+    moe-tf-mt --config=mt_wmt14:GNMT-MoE-2048-h --workdir=runs/wmt
 
 After the colon, with the paper's test perplexity and BLEU on newstest2014
 (tables 2 and 3): `GNMT-MoE-2048-h`, English to French 2.63 and 40.56 (six
@@ -29,11 +29,11 @@ def get_config(arg="GNMT-MoE-2048-h"):
     config.model.dropout = 0.4
     if "MoE" in arg:
         # In two levels too; how the paper composes them is unknown.
-        config.model.gating = "batchwise"
-        config.model.importance_weight = 0.01
+        config.moe.gating = "batchwise"
+        config.moe.importance_weight = 0.01
     if "multi" in arg:
-        config.model.importance_weight = 0.01
-        config.model.load_weight = 0.01
+        config.moe.importance_weight = 0.01
+        config.moe.load_weight = 0.01
     config.train.steps = 100_000
     config.train.learning_rate = 1e-3
     config.train.warmup_steps = 2000

@@ -30,8 +30,8 @@ LANGUAGE_MODEL = runs.Trainer(
         "--config.data.max_words=12",
         "--config.train.evaluate_every=1",
         "--config.train.keep_checkpoints=1",
-        "--config.model.importance_weight=0.2",
-        "--config.model.capacity_factor=2.0",
+        "--config.moe.importance_weight=0.2",
+        "--config.moe.capacity_factor=2.0",
     ),
 )
 TRANSLATION = runs.Trainer(

@@ -14,7 +14,7 @@ from moe_tf.training import meshes
 from . import config_flag
 from . import freed_memory
 
-_CONFIG = config_flag.define()
+_CONFIG = config_flag.define_config_flag()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; a run that is there resumes."
 )

@@ -95,9 +95,9 @@ def token_bytes_sent(
         axes: the mesh's axes by size.
     """
     batch, size = axes["batch"], axes[sharding.expert_axis(axes)]
-    num_groups = config.model.num_groups or batch
+    num_groups = config.moe.num_groups or batch
     slots = _slots_per_expert(
-        layer, batch_tokens // num_groups, config.model.capacity_factor
+        layer, batch_tokens // num_groups, config.moe.capacity_factor
     )
     held = num_groups * layer.num_experts * slots * width * _BYTES // batch
     num_collectives = 2 if "expert" in axes else 4

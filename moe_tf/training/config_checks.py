@@ -7,6 +7,7 @@ import ml_collections
 
 from moe_tf import checks
 from moe_tf.training import optimizer
+from moe_tf.training import workdir
 
 # Fields that the config of every trainer has.
 _COUNTS = (
@@ -20,12 +21,14 @@ _COUNTS_OR_NONE = (
     "mesh.batch",
     "mesh.expert",
     "data.rows_multiple",
-    "model.k",
-    "model.num_groups",
+    "moe.num_experts",
+    "moe.k",
+    "moe.hidden_units",
+    "moe.num_groups",
 )
 _POSITIVE = ("train.learning_rate",)
-_POSITIVE_OR_NONE = ("model.capacity_factor", "train.clip_norm")
-_NOT_NEGATIVE_OR_NONE = ("model.importance_weight", "model.load_weight")
+_POSITIVE_OR_NONE = ("moe.capacity_factor", "train.clip_norm")
+_NOT_NEGATIVE_OR_NONE = ("moe.importance_weight", "moe.load_weight")
 
 
 def check_config(
@@ -51,6 +54,7 @@ def check_config(
     Raises:
         ValueError: a value cannot be used. The message names the field.
     """
+    _check_names(config)
     checks.at_least("seed", config.seed, 0)
     _check_dtype_policy(config.dtype_policy)
     check_choice(
@@ -101,6 +105,16 @@ def check_fraction(field: str, value: float) -> None:
             f"`{field}` must be at least 0 and below 1. "
             f"Received: {field}={value}"
         )
+
+
+def _check_names(config):
+    for former, present in workdir.RENAMED_FIELDS.items():
+        group, _, name = former.partition(".")
+        if name in config[group]:
+            raise ValueError(
+                f"`{former}` has been renamed: use `{present}`. "
+                f"Received: {former}={config[group][name]}"
+            )
 
 
 def _check_dtype_policy(name):

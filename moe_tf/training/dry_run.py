@@ -68,7 +68,7 @@ def expert_rows(sizes: ModelSizes, config) -> Rows:
         activations = _format_bytes(
             assignments * layer.hidden_units * _FLOAT_BYTES
         )
-        if config.model.recompute:
+        if config.moe.recompute:
             activations += ", not kept"
         rows += [
             (
@@ -120,7 +120,7 @@ def _memory_rows(shapes, config, name, indent):
 
 
 def _capacity_text(layer, assignments, config):
-    factor = config.model.capacity_factor
+    factor = config.moe.capacity_factor
     if factor is None:
         return "none is dropped"
     slots = capacity.expert_capacity(assignments, layer.num_experts, factor)

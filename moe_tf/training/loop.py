@@ -60,10 +60,10 @@ def evaluate(task: Task, config, workdir: str, name: str = "best") -> None:
     prepared, scorer = restore_run(task, config, workdir, name)
     splits = ["validation", "test"]
     _evaluate(task, prepared, scorer, splits)
-    factor = config.model.capacity_factor
+    factor = config.moe.capacity_factor
     if factor is not None:
         print_once(
-            task, f"With tokens dropped beyond model.capacity_factor={factor}:"
+            task, f"With tokens dropped beyond moe.capacity_factor={factor}:"
         )
         with clipped_evaluation(scorer):
             _evaluate(task, prepared, scorer, splits, clipped=True)

@@ -38,7 +38,7 @@ def make_strategy(config) -> MeshStrategy | None:
 def check_mesh(config, layers: tuple) -> None:
     """Checks that a mesh divides batch and experts; sets its defaults.
 
-    The defaults are those of `data.rows_multiple`, and of `model.num_groups`
+    The defaults are those of `data.rows_multiple`, and of `moe.num_groups`
     where tokens may be dropped or experts choose: which tokens are dropped
     must not depend on the mesh.
 
@@ -49,22 +49,20 @@ def check_mesh(config, layers: tuple) -> None:
     Raises:
         ValueError: a size does not divide what it must.
     """
-    axes, model = mesh_axes(config) or {"batch": 1}, config.model
+    axes, moe = mesh_axes(config) or {"batch": 1}, config.moe
     on_mesh = mesh_axes(config) is not None
     mixtures = layer_specs.mixtures(layers)
-    chooses = model.capacity_factor is not None or model.gating == "batchwise"
-    if on_mesh and mixtures and chooses and model.num_groups is None:
-        model.num_groups = config.data.rows_multiple or _ROWS_MULTIPLE
-    num_groups = model.num_groups
+    chooses = moe.capacity_factor is not None or moe.gating == "batchwise"
+    if on_mesh and mixtures and chooses and moe.num_groups is None:
+        moe.num_groups = config.data.rows_multiple or _ROWS_MULTIPLE
+    num_groups = moe.num_groups
     if config.data.rows_multiple is None and (on_mesh or num_groups):
         config.data.rows_multiple = _ROWS_MULTIPLE
     batch, rows = axes["batch"], config.data.rows_multiple or 1
     _check_divides("mesh.batch", batch, "data.rows_multiple", rows)
     if num_groups is not None:
-        _check_divides("mesh.batch", batch, "model.num_groups", num_groups)
-        _check_divides(
-            "model.num_groups", num_groups, "data.rows_multiple", rows
-        )
+        _check_divides("mesh.batch", batch, "moe.num_groups", num_groups)
+        _check_divides("moe.num_groups", num_groups, "data.rows_multiple", rows)
     axis = sharding.expert_axis(axes)
     for layer in mixtures:
         _check_divides(f"mesh.{axis}", axes[axis], "experts", layer.num_experts)

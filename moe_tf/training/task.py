@@ -9,7 +9,6 @@ import ml_collections
 import tensorflow as tf
 
 from moe_tf.distribute import MeshStrategy
-from moe_tf.models import moe_settings
 from moe_tf.training import optimizer
 
 
@@ -52,11 +51,6 @@ class Task(abc.ABC):
         if self.strategy is None:
             return contextlib.nullcontext()
         return self.strategy.scope()
-
-    def model_settings(self) -> tuple[dict, dict]:
-        """Splits `config.model` into the model's arguments and its `moe`."""
-        model = moe_settings.nest_former_fields(self.config.model)
-        return model, model.pop("moe")
 
     def make_optimizer(
         self,

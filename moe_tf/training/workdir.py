@@ -137,7 +137,7 @@ def check_workdir(
     path = os.path.join(workdir, _CONFIG)
     try:
         with open(path, encoding="utf-8") as file:
-            then = _flatten(json.load(file))
+            then = rename_fields(_flatten(json.load(file)))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(
             f"No run in `workdir`={workdir}: there is no {path}. Train first, "

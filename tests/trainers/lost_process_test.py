@@ -17,8 +17,8 @@ TRAINER = runs.Trainer(
     "moe_tf_trainers.language_model",
     "lm_demo.py:tiny",
     (
-        "--config.model.num_groups=8",
-        "--config.model.capacity_factor=1.25",
+        "--config.moe.num_groups=8",
+        "--config.moe.capacity_factor=1.25",
         "--config.train.steps=6",
     ),
 )

@@ -138,11 +138,11 @@ def test_evaluate_repeats_what_training_told(run):
 
 @pytest.mark.slow
 def test_evaluate_tells_what_drops_would_cost(run):
-    with pytest.raises(ValueError, match="model.capacity_factor: null"):
-        run.call("evaluate", **{"model.capacity_factor": 0.5})
+    with pytest.raises(ValueError, match="moe.capacity_factor: null"):
+        run.call("evaluate", **{"moe.capacity_factor": 0.5})
     config = mt_demo.get_config("tiny")
     config.update_from_flattened_dict(
-        {**run.fields, "model.capacity_factor": 0.5}
+        {**run.fields, "moe.capacity_factor": 0.5}
     )
     task = TranslationTask(config)
     prepared = task.prepare(str(run.workdir))

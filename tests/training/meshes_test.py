@@ -43,7 +43,7 @@ def test_axes(batch, expert, axes):
     [
         ({"mesh.batch": 0}, "`mesh.batch`.*=0"),
         ({"mesh.expert": -1}, "`mesh.expert`.*=-1"),
-        ({"model.num_groups": 0}, "`model.num_groups`.*=0"),
+        ({"moe.num_groups": 0}, "`moe.num_groups`.*=0"),
         ({"data.rows_multiple": 0}, "`data.rows_multiple`.*=0"),
         ({"mesh.batch": 3}, "`mesh.batch` must divide.*data.rows_multiple"),
         (
@@ -52,10 +52,10 @@ def test_axes(batch, expert, axes):
             "data.rows_multiple=6",
         ),
         (
-            {"mesh.batch": 4, "model.num_groups": 2},
-            "mesh.batch=4, model.num_groups=2",
+            {"mesh.batch": 4, "moe.num_groups": 2},
+            "mesh.batch=4, moe.num_groups=2",
         ),
-        ({"model.num_groups": 3}, "model.num_groups=3, data.rows_multiple=8"),
+        ({"moe.num_groups": 3}, "moe.num_groups=3, data.rows_multiple=8"),
         ({"mesh.batch": 8}, "`mesh.batch` must divide.*experts=4"),
         ({"mesh.expert": 3}, "`mesh.expert` must divide.*experts=4"),
         (
@@ -63,7 +63,7 @@ def test_axes(batch, expert, axes):
             "`mesh.expert` is for variants with a choice of experts",
         ),
         (
-            {"model.num_groups": 2, "model.variant": "4xLSTM-512"},
+            {"moe.num_groups": 2, "model.variant": "4xLSTM-512"},
             "num_groups.*choice of experts",
         ),
     ],
@@ -79,7 +79,7 @@ def test_what_does_not_divide_is_named(fields, message):
         ({}, None),
         ({"mesh.batch": 2}, 8),
         ({"mesh.batch": 4}, 8),
-        ({"model.num_groups": 2}, 8),
+        ({"moe.num_groups": 2}, 8),
         ({"mesh.batch": 2, "data.rows_multiple": 4}, 4),
         ({"data.rows_multiple": 4}, 4),
     ],
@@ -91,8 +91,8 @@ def test_rows_do_not_depend_on_the_mesh(fields, rows):
 
 
 DROPPING, CHOOSING = (
-    {"model.capacity_factor": 1.0},
-    {"model.gating": "batchwise"},
+    {"moe.capacity_factor": 1.0},
+    {"moe.gating": "batchwise"},
 )
 
 
@@ -104,24 +104,24 @@ DROPPING, CHOOSING = (
         ({"mesh.batch": 2, **DROPPING}, 8),
         ({"mesh.batch": 4, **CHOOSING}, 8),
         ({"mesh.batch": 4, **DROPPING, "data.rows_multiple": 4}, 4),
-        ({"mesh.batch": 2, **CHOOSING, "model.num_groups": 2}, 2),
+        ({"mesh.batch": 2, **CHOOSING, "moe.num_groups": 2}, 2),
     ],
 )
 def test_groups_do_not_depend_on_the_mesh(fields, number):
     config = config_with(fields)
     LanguageModelTask(config)
-    assert config.model.num_groups == number
+    assert config.moe.num_groups == number
 
 
 def test_the_mesh_may_change_and_groups_may_not(tmp_path):
-    config = config_with({"mesh.batch": 4, "model.num_groups": 4})
+    config = config_with({"mesh.batch": 4, "moe.num_groups": 4})
     free = LanguageModelTask(config).free_fields
     with workdirs.claim_workdir(tmp_path, config, free) as claim:
         claim.record()
     config.mesh.batch, config.mesh.expert = 2, 2
     workdirs.check_workdir(tmp_path, config, free)
-    config.model.num_groups = 2
-    with pytest.raises(ValueError, match="model.num_groups: 4 in the workdir"):
+    config.moe.num_groups = 2
+    with pytest.raises(ValueError, match="moe.num_groups: 4 in the workdir"):
         workdirs.check_workdir(tmp_path, config, free)
 
 
@@ -131,10 +131,10 @@ def test_a_run_from_before_a_field_was_there_goes_on(tmp_path):
         claim.record()
     path = tmp_path / "config.json"
     fields = json.loads(path.read_text())
-    del fields["mesh"], fields["model"]["num_groups"]
+    del fields["mesh"], fields["moe"]["num_groups"]
     path.write_text(json.dumps(fields))
     workdirs.check_workdir(tmp_path, config)
-    config.model.num_groups = 2
+    config.moe.num_groups = 2
     with pytest.raises(ValueError, match="num_groups: missing.*2 now"):
         workdirs.check_workdir(tmp_path, config)
 
@@ -156,7 +156,7 @@ def test_the_dry_run_tells_what_devices_hold():
 
 def test_the_dry_run_needs_no_mesh_to_be_there():
     config = config_with({"mesh.expert": 512, "model.variant": "MoE-512"})
-    config.model.k = 4
+    config.moe.k = 4
     task = LanguageModelTask(config)
     assert "512 devices" in task.dry_run_report()
 
@@ -188,7 +188,7 @@ def two_levels_of_words(fields):
 )
 def test_the_dry_run_tells_of_spread_groups(make, number, axes, whole):
     fields = {f"mesh.{axis}": size for axis, size in axes.items()}
-    told = make({"model.k": 1, **fields}).dry_run_report()
+    told = make({"moe.k": 1, **fields}).dry_run_report()
     assert told.count("groups of experts") == (0 if whole else number)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -201,7 +201,7 @@ def test_the_dry_run_tells_of_spread_groups(make, number, axes, whole):
 
 
 DENSE = {"mesh.batch": 4, "model.variant": "4xLSTM-512"}
-DROPS = {"model.k": 2, "model.capacity_factor": 1.25, "model.num_groups": 4}
+DROPS = {"moe.k": 2, "moe.capacity_factor": 1.25, "moe.num_groups": 4}
 SENT = {
     "dense": DENSE,
     "one axis": {"mesh.batch": 4, **DROPS},

@@ -159,3 +159,16 @@ def test_another_process_must_wait_until_the_holder_is_killed(tmp_path):
         finally:
             holder.kill()
     workdirs.claim_workdir(tmp_path, mine).release()
+
+
+def test_a_run_from_before_fields_were_renamed_goes_on(tmp_path):
+    before = {"seed": 0, "model": {"width": 8, "k": 2, "expert_hidden": None}}
+    (tmp_path / "config.json").write_text(json.dumps(before))
+    moe = {"k": 2, "hidden_units": None, "num_experts": None}
+    now = ml_collections.ConfigDict(
+        {"seed": 0, "model": {"width": 8}, "moe": moe}
+    )
+    workdirs.check_workdir(tmp_path, now)
+    now.moe.k = 3
+    with pytest.raises(ValueError, match="moe.k: 2 in the workdir, 3 now"):
+        workdirs.check_workdir(tmp_path, now)

@@ -51,7 +51,7 @@ class LanguageModelTask(Task):
 
     def _check_experts(self) -> None:
         """Makes the routers, without weights, so that wrong settings tell."""
-        model = self.config.model
+        moe = self.config.moe
         mixtures = layer_specs.mixtures(self.variant().layers)
         for layer in mixtures:
             registry.make_router(
@@ -59,25 +59,25 @@ class LanguageModelTask(Task):
                 layer.gating,
                 k=layer.k,
                 branching=layer.branching,
-                importance_weight=model.importance_weight,
-                load_weight=model.load_weight,
+                importance_weight=moe.importance_weight,
+                load_weight=moe.load_weight,
             )
-        for field in _OF_EXPERTS:
-            if not mixtures and model[field]:
+        for field in _LAYER_FIELDS:
+            if not mixtures and moe[field]:
                 raise ValueError(
-                    f"`model.{field}` is for variants with a choice of "
+                    f"`moe.{field}` is for variants with a choice of "
                     "experts; leave it out here. Received: "
-                    f"model.{field}={model[field]}, "
-                    f"model.variant={model.variant}"
+                    f"moe.{field}={moe[field]}, "
+                    f"model.variant={self.config.model.variant}"
                 )
 
     def variant(self) -> variants.Variant:
         """What the model consists of, without building it."""
-        model, moe = self.model_settings()
+        model = self.config.model
         return variants.variant(
-            model["variant"],
-            width=model["width"],
-            **moe_settings.described(moe_settings.complete(moe)),
+            model.variant,
+            width=model.width,
+            **moe_settings.described(self.config.moe),
         )
 
     def prepare(self, workdir: str) -> preparation.PreparedText:
@@ -87,14 +87,13 @@ class LanguageModelTask(Task):
     def build(self, prepared: preparation.PreparedText) -> NextWordScorer:
         """Builds the compiled model; the seed decides its weights."""
         train = self.config.train
-        model, moe = self.model_settings()
         with self.scope():
             scorer = NextWordScorer(
                 LanguageModel(
                     vocabulary_size=prepared.vocabulary.size,
+                    moe=self.config.moe.to_dict(),
                     seed=self.config.seed,
-                    moe=moe,
-                    **model,
+                    **self.config.model,
                 )
             )
             scorer.build()
@@ -234,7 +233,8 @@ class LanguageModelTask(Task):
         return [prepared.vocabulary.sentence(ids) for ids in drawn]
 
 
-_OF_EXPERTS = (
+# Fields of `config.moe` that a variant does not take, so does not check.
+_LAYER_FIELDS = (
     "importance_weight",
     "load_weight",
     "capacity_factor",

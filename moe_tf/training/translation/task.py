@@ -247,12 +247,12 @@ class TranslationTask(Task):
         return told
 
     def _make_model(self, vocabulary_size):
-        model, moe = self.model_settings()
+        model = self.config.model.to_dict()
         return factory.make_model(
             model.pop("variant"),
             vocabulary_size,
+            moe=self.config.moe.to_dict(),
             seed=self.config.seed,
-            moe=moe,
             **model,
         )
 

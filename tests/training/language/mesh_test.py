@@ -33,7 +33,7 @@ def config_of(variant, axes):
     config.data.update(max_words=7, batch_words=160, rows_multiple=8)
     config.model.variant = variant
     if variant == MOE:
-        config.model.update(k=2, capacity_factor=1.0, num_groups=4)
+        config.moe.update(k=2, capacity_factor=1.0, num_groups=4)
     config.train.update(steps=STEPS, evaluate_every=STEPS // 2)
     config.mesh.update(axes)
     return config

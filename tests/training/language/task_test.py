@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from moe_tf import optimizers
+from moe_tf.models import layer_specs
 from moe_tf.training import loop
 from moe_tf.training.language.task import LanguageModelTask
 from moe_tf_configs import lm_demo
@@ -52,9 +53,9 @@ def test_the_dry_run_counts_the_optimizers_state(prepared, name, kind):
     "field,value,message",
     [
         ("train.optimizer", "sgd", "`train.optimizer` must be.*=sgd"),
-        ("model.gating", "none", "`gating` must be.*=none"),
-        ("model.gating", "switch", "`k` must be 1.*k=3"),
-        ("model.gating", "expert_choice", "later words.*=expert_choice"),
+        ("moe.gating", "none", "`gating` must be.*=none"),
+        ("moe.gating", "switch", "`k` must be 1.*k=3"),
+        ("moe.gating", "expert_choice", "later words.*=expert_choice"),
         ("model.variant", "MoE-2x3-h", "`k` .*k=3"),
         ("data.batch_words", 0, "`data.batch_words`"),
         ("sample.num_sentences", 0, "`sample.num_sentences`"),
@@ -65,7 +66,7 @@ def test_the_dry_run_counts_the_optimizers_state(prepared, name, kind):
 )
 def test_wrong_choices_are_refused_before_any_work(field, value, message):
     config = lm_demo.get_config("tiny")
-    config.model.k = 3
+    config.moe.k = 3
     config.update_from_flattened_dict({field: value})
     with pytest.raises(ValueError, match=message):
         LanguageModelTask(config)
@@ -84,15 +85,29 @@ def test_wrong_choices_are_refused_before_any_work(field, value, message):
 def test_settings_of_experts_are_refused_without_experts(field, value):
     config = lm_demo.get_config("tiny")
     config.model.variant = "4xLSTM-512"
-    config.model[field] = value
+    config.moe[field] = value
     with pytest.raises(ValueError, match=f"{field}.*choice of experts"):
         LanguageModelTask(config)
+
+
+def test_a_field_by_its_former_name_is_refused():
+    config = lm_demo.get_config("tiny")
+    config.model.gating = "switch"
+    with pytest.raises(ValueError, match="`model.gating`.*use `moe.gating`"):
+        LanguageModelTask(config)
+
+
+def test_sizes_of_experts_are_the_configs():
+    config = lm_demo.get_config("tiny")
+    config.moe.update(num_experts=6, k=3, hidden_units=5, gating="batchwise")
+    (layer,) = layer_specs.mixtures(LanguageModelTask(config).variant().layers)
+    assert layer == layer_specs.Experts(6, 5, 3, gating="batchwise")
 
 
 def test_the_dry_run_says_what_is_not_kept():
     config = lm_demo.get_config("tiny")
     told = []
-    for config.model.recompute in (False, True):
+    for config.moe.recompute in (False, True):
         task = LanguageModelTask(config)
         told.append(", not kept" in task.dry_run_report())
     assert told == [False, True]
@@ -103,16 +118,15 @@ def test_two_levels_with_drops_train_and_are_evaluated_both_ways(
     tmp_path, capsys
 ):
     config = lm_demo.get_config("tiny")
-    config.model.update(
-        variant="MoE-4x4-h", capacity_factor=0.5, recompute=True
-    )
+    config.model.variant = "MoE-4x4-h"
+    config.moe.update(capacity_factor=0.5, recompute=True)
     config.train.optimizer = "factored_adam"
     task = LanguageModelTask(config)
     loop.train(task, config, str(tmp_path))
     (trained,) = perplexities_told(capsys.readouterr().out, "test")
     loop.evaluate(task, config, str(tmp_path))
     told = capsys.readouterr().out
-    assert "beyond model.capacity_factor=0.5" in told
+    assert "beyond moe.capacity_factor=0.5" in told
     dropless, clipped = perplexities_told(told, "test")
     assert dropless == trained
     assert clipped != dropless
@@ -130,9 +144,8 @@ def perplexities_told(text, split):
 @pytest.mark.parametrize("capacity_factor", [None, 0.25])
 def test_model_fields_reach_the_layers(prepared, num_sampled, capacity_factor):
     config = lm_demo.get_config("tiny")
-    config.model.update(
-        k=2, num_sampled=num_sampled, capacity_factor=capacity_factor
-    )
+    config.model.num_sampled = num_sampled
+    config.moe.update(k=2, capacity_factor=capacity_factor)
     task = LanguageModelTask(config)
     scorer = task.build(prepared)
     inputs, _, weights_BL = next(iter(task.batches(prepared, "train")))

@@ -57,7 +57,9 @@ def config_of(name, data):
     config = configs_test.config_of("mt_demo", "tiny")
     # So many pieces that all sentences are of one length, 12.
     config.data.update(data, vocabulary_size=250, rows_multiple=8)
-    config.model.update(CASES[name][1])
+    for field, value in CASES[name][1].items():
+        group = config.moe if field in config.moe else config.model
+        group[field] = value
     return config
 
 
