@@ -42,6 +42,7 @@ OVERRIDES = {
     "get_config",
     "get_initial_state",
     "result",
+    "set_model",
     "update_state",
     "update_step",
 }
@@ -123,12 +124,11 @@ def test_tab_shows_the_face_alone(face):
 
 
 def run_example(address):
-    """Runs the doctest of one name; returns what failed, as text."""
+    """Runs the examples of a name and its methods; returns the failures."""
     face, name = address.rsplit(".", 1)
     value = getattr(importlib.import_module(face), name)
     names = {"keras": keras, "np": np, "tf": tf, "ops": ops, "moe_tf": moe_tf}
-    # Not of its methods: `recurse` is off.
-    finder = doctest.DocTestFinder(recurse=False)
+    finder = doctest.DocTestFinder()
     runner = doctest.DocTestRunner(optionflags=FLAGS)
     printed = []
     for test in finder.find(value, address, globs=names):
@@ -172,7 +172,7 @@ def bare_parts(path):
 def _is_own(method):
     if method.name == "__init__":
         return True
-    hook = method.name.startswith(("_", "on_", "set_"))
+    hook = method.name.startswith(("_", "on_"))
     return not hook and method.name not in OVERRIDES
 
 

@@ -117,3 +117,10 @@ def test_balance_resets_and_keeps_the_last_vectors():
     assert set(float(v) for v in balance.result().values()) == {0.0}
     copy = ExpertBalance.from_config(balance.get_config())
     assert copy.get_config() == balance.get_config()
+
+
+def test_balance_reads_the_older_name_of_its_scalars():
+    config = ExpertBalance(2, ["z_loss"]).get_config()
+    older = {**config, "numbers": config["scalars"]}
+    del older["scalars"]
+    assert ExpertBalance.from_config(older).get_config() == config
