@@ -145,7 +145,7 @@ def main(argv: list[str]) -> None:
     )
     skipped = too_large(rows, setting)
     rows = [row for row in rows if row not in skipped]
-    results, ceiling, rate = measure(rows, setting)
+    results, ceiling, rate = measure_rows(rows, setting)
     for line in (
         *report.table(setting, results, skipped, _CEILING.value, ceiling),
         *report.speedups(setting, results),
@@ -171,7 +171,7 @@ def too_large(
     return reasons
 
 
-def measure(
+def measure_rows(
     rows: list[layer_kinds.Row], setting: layer_kinds.Setting
 ) -> tuple[dict[layer_kinds.Row, report.Result], float, float]:
     """Measures all rows in turns.
