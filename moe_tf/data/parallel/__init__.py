@@ -1,0 +1,1 @@
+"""Parallel text: corpora, the tokenizer (`wordpieces`), and batches."""

@@ -1,0 +1,1 @@
+"""Attention layers: dot-product with many heads, and additive."""

@@ -1,0 +1,1 @@
+"""Output layers: softmax over the vocabulary, sampled or in chunks."""
