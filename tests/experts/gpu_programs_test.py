@@ -136,8 +136,8 @@ def test_imports_without_jax():
     code = """
 import sys
 sys.modules["jax"] = None
-from moe_tf import gpu_experts
-gpu_experts.obstacle(64, 63, "bfloat16", "relu")
+from moe_tf.experts import gpu
+gpu.obstacle(64, 63, "bfloat16", "relu")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
