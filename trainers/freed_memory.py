@@ -1,9 +1,9 @@
-"""Freed memory that stays with the process.
+"""Settings of malloc that keep freed memory in the process.
 
-Each training step on CPUs frees what it computed, and asks for as much again.
-glibc gives most of it back to the system in between, which then has to map and
-to clear every page anew: a third of the processor time of `configs/mt_demo.py`,
-and half of its speed.
+A training step on CPUs frees its tensors, and the next step allocates as many
+again. In between, glibc returns most of the memory to the system, which then
+maps and clears every page again. In `configs/mt_demo.py` this takes a third of
+the processor time, and half of the speed.
 """
 
 import ctypes
@@ -13,12 +13,12 @@ _M_TOP_PAD, _M_MMAP_THRESHOLD = -2, -3  # of glibc's malloc.h
 _HEAP_BYTES = 64 * 2**20  # the most that a heap of a thread can have
 
 
-def keep():
-    """Has every heap keep up to 64 MiB of what is freed at its end.
+def keep_freed_memory() -> None:
+    """Lets every heap keep up to 64 MiB of freed memory at its end.
 
-    What is smaller than 32 MiB, the most that glibc takes, then comes from a
-    heap. With another C library nothing happens, nor where the environment
-    has settings for glibc's malloc.
+    Blocks below 32 MiB, the largest threshold of glibc, then come from a
+    heap. Nothing happens with another C library, or where the environment has
+    settings for glibc's malloc.
     """
     chosen = any(name.startswith("MALLOC_") for name in os.environ)
     chosen |= "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")

@@ -1,6 +1,6 @@
 """Trains and uses language models with and without experts.
 
-moe-tf-lm --config=configs/lm_demo.py --workdir=runs/demo
+moe-tf-lm --config=lm_demo --workdir=runs/demo
 moe-tf-lm --config=... --workdir=... --mode=evaluate
 moe-tf-lm --config=... --workdir=... --mode=score < sentences.txt
 """
@@ -11,7 +11,7 @@ from moe_tf.training.language.task import LanguageModelTask
 from . import runner
 
 
-def run():
+def run() -> None:
     """Entry point of the console script `moe-tf-lm`."""
     runner.run(LanguageModelTask, MODES)
 

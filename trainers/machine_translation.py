@@ -1,6 +1,6 @@
 """Trains and uses translation models with and without experts.
 
-moe-tf-mt --config=configs/mt_demo.py --workdir=runs/mt
+moe-tf-mt --config=mt_demo --workdir=runs/mt
 moe-tf-mt --config=... --workdir=... --mode=translate < sentences.txt
 moe-tf-mt --config=... --workdir=... --mode=export
 """
@@ -11,7 +11,7 @@ from moe_tf.training.translation.task import TranslationTask
 from . import runner
 
 
-def run():
+def run() -> None:
     """Entry point of the console script `moe-tf-mt`."""
     runner.run(TranslationTask, MODES)
 

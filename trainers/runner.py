@@ -1,7 +1,8 @@
-"""The flags and the `main` that all trainers share."""
+"""Flags and `main` of all trainers."""
 
 import logging as python_logging
 import sys
+from collections.abc import Callable
 
 import keras
 from absl import app
@@ -10,6 +11,7 @@ from absl import logging
 
 from moe_tf.training import checkpoints
 from moe_tf.training import meshes
+from moe_tf.training.task import Task
 
 from . import config_flag
 from . import freed_memory
@@ -19,7 +21,7 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; a run that is there resumes."
 )
 
-_TOLD_IN_A_LINE = (
+_EXPECTED_ERRORS = (
     ValueError,
     OSError,
     ImportError,
@@ -28,7 +30,7 @@ _TOLD_IN_A_LINE = (
 )
 
 
-def run(make_task, modes):
+def run(make_task: Callable[..., Task], modes: dict[str, Callable]) -> None:
     """Runs a trainer as a console script.
 
     Args:
@@ -46,7 +48,7 @@ def run(make_task, modes):
             raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
         config = _CONFIG.value
         logging.info("Config:\n%s", config)
-        freed_memory.keep()
+        freed_memory.keep_freed_memory()
         try:
             # Devices are made before TensorFlow starts; a dry run needs none.
             dry = mode.value == "dry_run"
@@ -56,21 +58,21 @@ def run(make_task, modes):
             keras.utils.set_random_seed(config.seed)
             keras.config.set_dtype_policy(config.dtype_policy)
             modes[mode.value](task, config, _WORKDIR.value)
-        except _TOLD_IN_A_LINE as error:
-            # Wrong input and full disks are told in a line; --verbosity=1
-            # adds where it was noticed.
+        except _EXPECTED_ERRORS as error:
+            # Wrong input and full disks get one line. --verbosity=1 adds the
+            # traceback.
             logging.log(logging.DEBUG, "Traceback:", exc_info=True)
             raise SystemExit(f"{type(error).__name__}: {error}") from None
         except KeyboardInterrupt:
             print("Interrupted. The same command goes on.", file=sys.stderr)
             raise SystemExit(130) from None
 
-    # Progress is printed; TensorFlow and Keras tell theirs with --verbosity=0.
+    # Progress is printed. --verbosity=0 shows the log of TensorFlow and Keras.
     flags.FLAGS.verbosity = logging.WARNING
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main)
 
 
 def _is_news(record):
-    # On a mesh every length of batches has a program of its own.
+    # On a mesh every length of batches has its own program.
     return "triggered tf.function retracing" not in record.getMessage()

@@ -1,4 +1,4 @@
-"""One state out of several: the mean of their weights."""
+"""The mean of the weights of several checkpoints."""
 
 import numpy as np
 import tensorflow as tf
@@ -7,30 +7,31 @@ from moe_tf.distribute import MeshStrategy
 from moe_tf.training import checkpoints
 
 
-def average(
+def average_checkpoints(
     source: checkpoints.Checkpoints,
     target: checkpoints.Checkpoints,
     variables: dict[str, tf.Variable],
     strategy: MeshStrategy | None = None,
 ) -> list[int]:
-    """Saves the mean of the weights of all states in `source`.
+    """Saves the mean of the weights of all checkpoints in `source`.
 
-    Means are taken of the model's floating-point variables, in float64; all
-    others (seeds, the optimizer's) are those of the latest state. The model
-    holds the mean afterwards.
+    Means of the model's floating-point variables are computed in float64. All
+    other variables, such as seeds and the optimizer's, are those of the
+    latest checkpoint. The model holds the mean afterwards.
 
     Args:
-        source: the states; damaged ones are an error.
-        target: where the mean is saved, as of the latest step.
-        variables: those of both, by name; see `variables.named_variables`.
+        source: the checkpoints; a damaged one is an error.
+        target: the folder where the mean is saved, as of the latest step.
+        variables: the variables of both, by name; see
+            `variables.named_variables`.
         strategy: optional `MeshStrategy` of the variables.
 
     Returns:
         The steps that went into the mean, ascending.
 
     Raises:
-        ValueError: there is no state.
-        DamagedCheckpointError: a state is damaged.
+        ValueError: there is no checkpoint.
+        DamagedCheckpointError: a checkpoint is damaged.
     """
     steps = source.steps()
     if not steps:

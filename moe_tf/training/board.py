@@ -1,4 +1,4 @@
-"""A trainer's own numbers beside the balance of its experts."""
+"""Board of a trainer: loss and speed beside the experts' balance."""
 
 import time
 
@@ -12,9 +12,10 @@ from moe_tf.callbacks import LoadBalanceBoard
 class TrainingBoard(LoadBalanceBoard):
     """`LoadBalanceBoard` plus loss, perplexity, learning rate and speed.
 
-    One callback, because TensorBoard wants one writer a directory. Training
-    figures are means over the steps since the point before; Keras logs means
-    since the epoch began, which lag. For models of `compile_for_words`.
+    It is one callback, because TensorBoard wants one writer a directory.
+    Training scalars are means over the steps since the previous point; the
+    means in Keras's logs begin with the epoch, so they lag behind. The model
+    must be compiled by `compile_for_words`.
     """
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -22,7 +23,7 @@ class TrainingBoard(LoadBalanceBoard):
         self._sums = {}
         self._since = time.perf_counter()
 
-    def write_training(self, logs):
+    def write_training(self, logs: dict) -> None:
         super().write_training(logs)
         nats = logs["words"] * np.log(logs["perplexity"])
         new_words = self._new("words", logs["words"])
@@ -40,14 +41,14 @@ class TrainingBoard(LoadBalanceBoard):
                 tags.LEARNING_RATE, self.model.optimizer.learning_rate
             )
 
-    def write_validation(self, logs):
+    def write_validation(self, logs: dict) -> None:
         super().write_validation(logs)
         with self.writer("validation").as_default(self.step()):
             tf.summary.scalar(tags.LOSS, logs["loss"])
             tf.summary.scalar(tags.PERPLEXITY, logs["perplexity"])
 
     def _new(self, name, total):
-        """What a sum has gained since it was asked for last."""
+        """Returns the increase of a sum since the previous call."""
         gained = total - self._sums.get(name, 0.0)
         self._sums[name] = total
         return gained

@@ -1,4 +1,4 @@
-"""What a trainer adds to `fit`: derived figures, progress, safe keeping."""
+"""Callbacks of every trainer: derived logs, progress, checkpoints."""
 
 import math
 import sys
@@ -7,13 +7,16 @@ import time
 import keras
 from absl import logging
 
+from moe_tf.training import checkpoints
+
 
 class DerivedLogs(keras.callbacks.Callback):
-    """Adds two figures to the logs; to be put before callbacks that read them.
+    """Adds two scalars to the logs, for the callbacks after this one.
 
-    `words_per_second`: real words since the second batch of the epoch (the
-    first may be compiling). `worst_load`: the largest max / mean load of any
-    mixture-of-experts layer, where there is one; 1 is perfect balance.
+    `words_per_second`: words, padding excluded, since the second batch of the
+    epoch; the first batch may include a compilation. `worst_load`: the
+    largest max / mean load of the mixture-of-experts layers, if there are
+    any; 1 is perfect balance.
     """
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -44,13 +47,16 @@ class DerivedLogs(keras.callbacks.Callback):
 class ProgressBar(keras.callbacks.Callback):
     """Shows loss, perplexity, words/s and the worst layer's balance.
 
-    A bar on a terminal, one line after each evaluation elsewhere.
+    On a terminal it is a bar; elsewhere, one line after each evaluation.
+
+    Args:
+        total_steps: steps of the run.
     """
 
     _SHOWN = ("loss", "perplexity", "words_per_second", "worst_load")
     _SHOWN_AT_END = (*_SHOWN, "val_perplexity")
 
-    def __init__(self, total_steps):
+    def __init__(self, total_steps: int):
         super().__init__()
         self.total_steps = total_steps
 
@@ -70,33 +76,38 @@ class ProgressBar(keras.callbacks.Callback):
             self._bar.update(self._step, _pick(self._SHOWN, logs), False)
 
     def on_epoch_end(self, epoch, logs=None):
-        figures = _pick(self._SHOWN_AT_END, logs)
+        scalars = _pick(self._SHOWN_AT_END, logs)
         if self._bar is not None:
             self._bar.update(
-                self._step, figures, finalize=self._step == self.total_steps
+                self._step, scalars, finalize=self._step == self.total_steps
             )
         else:
-            text = ", ".join(f"{name} {value:.4g}" for name, value in figures)
+            text = ", ".join(f"{name} {value:.4g}" for name, value in scalars)
             print(f"step {self._step}/{self.total_steps}: {text}", flush=True)
 
 
 class KeepCheckpoints(keras.callbacks.Callback):
-    """Saves the last and the best state after each evaluation.
+    """Saves a checkpoint after each evaluation, and the best one apart.
 
-    The state is saved when `fit` has evaluated it, so a run that goes on from
-    it repeats no evaluation and loses none.
+    A checkpoint is saved after its evaluation, so a run that continues from
+    there repeats no evaluation and misses none.
 
     Args:
-        last: `Checkpoints` for the latest states.
-        best: `Checkpoints` for the state of lowest validation perplexity.
-        best_perplexity: float, the lowest so far. Defaults to infinity.
+        last: `Checkpoints` of the latest steps.
+        best: `Checkpoints` of the step with the lowest validation perplexity.
+        best_perplexity: the lowest so far. Defaults to infinity.
 
     Raises:
         FloatingPointError: a loss is not finite; nothing is saved then.
         RuntimeError: the epoch was cut short; nothing is saved then.
     """
 
-    def __init__(self, last, best, best_perplexity=math.inf):
+    def __init__(
+        self,
+        last: checkpoints.Checkpoints,
+        best: checkpoints.Checkpoints,
+        best_perplexity: float = math.inf,
+    ):
         super().__init__()
         self.last = last
         self.best = best
@@ -117,7 +128,7 @@ class KeepCheckpoints(keras.callbacks.Callback):
         }
         if is_best:
             self.best.save(step, metadata)
-        # Last: what `last` says of the best is then true.
+        # After the best one, whose perplexity `last` has in its metadata.
         path = self.last.save(step, metadata)
         logging.info("Saved step %d in %s", step, path)
 
@@ -126,22 +137,22 @@ class KeepCheckpoints(keras.callbacks.Callback):
             return
         step = int(self.model.optimizer.iterations)
         saved = self.last.latest_step()
-        kept = f"The last is of step {saved}" if saved else "None was saved"
+        newest = f"The last is of step {saved}" if saved else "None was saved"
         raise FloatingPointError(
-            f"`{name}` is {logs[name]} at step {step}. {kept}. A lower "
+            f"`{name}` is {logs[name]} at step {step}. {newest}. A lower "
             "`train.learning_rate`, a longer `train.warmup_steps` or "
             "`train.clip_norm` may help."
         )
 
 
-def check_step(model, expected):
-    """The optimizer's step, which must be `expected`.
+def check_step(model: keras.Model, expected: int) -> int:
+    """Returns the optimizer's step, which must be `expected`.
 
-    Keras takes an `OutOfRangeError` of any origin for the end of the data,
-    and would end the epoch there as if all were well.
+    Keras takes every `OutOfRangeError` for the end of the data, and silently
+    ends the epoch there.
 
     Raises:
-        RuntimeError: it is not.
+        RuntimeError: the step is another one.
     """
     step = int(model.optimizer.iterations)
     if step != expected:

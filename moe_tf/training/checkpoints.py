@@ -1,4 +1,4 @@
-"""Saved states of a run that survive whatever kills the process."""
+"""Checkpoints that survive whatever kills the process."""
 
 import hashlib
 import json
@@ -12,11 +12,12 @@ from absl import logging
 
 from moe_tf import checks
 from moe_tf import files
+from moe_tf.distribute import MeshStrategy
 from moe_tf.training.variables import list_some
 
-# A checkpoint is a folder `step-<number>` of these. A name with `.old` is a
-# checkpoint of its step as long as there is none without; one with `.tmp` is
-# what a killed process left.
+# Files in the folder `step-<number>` of a checkpoint. A folder with `.old` is
+# the checkpoint of its step while there is no folder without `.old`. A folder
+# with `.tmp` was left by a killed process.
 _VARIABLES = "variables"
 _METADATA = "metadata.json"
 _SUMS = "SHA256SUMS"
@@ -25,7 +26,7 @@ _LEFTOVER = re.compile(_FOLDER.pattern + r"\.tmp")
 
 
 class DamagedCheckpointError(RuntimeError):
-    """No state can be restored, because files are damaged or missing."""
+    """No checkpoint can be restored: files are damaged or missing."""
 
 
 class Checkpoints:
@@ -33,12 +34,13 @@ class Checkpoints:
 
     A checkpoint holds whole (global) tensors, written by
     `tf.train.Checkpoint`, metadata in JSON, and SHA-256 sums of both, which
-    `sha256sum -c SHA256SUMS` checks as well. It appears under its name by a
-    rename when all of it is on the disk: a process killed at any moment
-    leaves the state of before or that of after.
+    `sha256sum -c SHA256SUMS` checks as well. The folder gets its name by a
+    rename, once all its files are on the disk: a process killed at any moment
+    leaves the old checkpoints or the old ones and the new one.
 
-    One process at a time may save in a folder (`workdir.claim`); any number
-    may restore from it meanwhile. The folder is on a POSIX file system.
+    One process at a time may save in a folder (see `claim_workdir`). Any
+    number of processes may restore from the folder meanwhile. The folder is
+    on a POSIX file system.
 
     Args:
         directory: the folder; the first `save` makes it.
@@ -54,7 +56,13 @@ class Checkpoints:
         NotADirectoryError: `directory` is something else.
     """
 
-    def __init__(self, directory, variables, keep=2, strategy=None):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        variables: dict[str, tf.Variable],
+        keep: int = 2,
+        strategy: MeshStrategy | None = None,
+    ):
         checks.at_least("keep", keep, 1)
         if not variables:
             raise ValueError("`variables` must not be empty.")
@@ -71,38 +79,38 @@ class Checkpoints:
         self._damaged = {}
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints, ascending; damage is not looked for."""
+        """Returns the steps of all checkpoints, ascending, damaged or not."""
         return sorted(self._folders())
 
     def latest_step(self) -> int | None:
-        """The last of `steps`, None if there are none."""
+        """Returns the last of `steps`; None if there is no checkpoint."""
         return max(self._folders(), default=None)
 
-    def save(self, step, metadata=None) -> str:
-        """Saves the variables as they are now.
+    def save(self, step: int, metadata: dict | None = None) -> str:
+        """Saves the variables as a checkpoint.
 
-        When the checkpoint stands, the others are removed but for the
-        `keep - 1` before it. Those of later steps are removed too, with a
-        warning unless `restore_latest` found them damaged: training went on
-        from before them, and they must not be taken for its latest state. A
-        checkpoint of the same step is replaced.
+        Once the checkpoint is complete, all others are removed except the
+        `keep - 1` before it. Checkpoints of later steps are removed too,
+        because training continued from an earlier step; a warning names them
+        unless `restore_latest` found them damaged. A checkpoint of the same
+        step is replaced.
 
         Args:
             step: int, 0 or more.
-            metadata: dict of what JSON holds; `step` and `variables` are
-                taken.
+            metadata: dict of plain data (what JSON holds), without the names
+                `step` and `variables`.
 
         Returns:
             The checkpoint's folder.
 
         Raises:
-            OSError: the disk is full, say. The checkpoints of before stand,
-                and nothing is left of the new one.
-            TypeError, ValueError: `step` or `metadata` cannot be saved;
-                nothing was touched.
+            OSError: the disk is full, for example. The earlier checkpoints
+                stay, and nothing is left of the new one.
+            TypeError, ValueError: `step` or `metadata` cannot be saved.
+                Nothing was changed.
         """
         step = operator.index(step)
-        text = self._describe(step, metadata or {})
+        text = self._format_metadata(step, metadata or {})
         path = os.path.join(self.directory, f"step-{step:08d}")
         checkpoint = self._checkpoint
         if self._strategy is not None:
@@ -131,10 +139,10 @@ class Checkpoints:
         return path
 
     def restore_latest(self) -> dict | None:
-        """Restores the newest checkpoint that is whole.
+        """Restores the newest checkpoint that is not damaged.
 
-        One that is damaged is named in a warning, and the one before it is
-        taken. All is verified before any variable changes.
+        A warning names each damaged one. All files are verified before any
+        variable changes.
 
         Returns:
             The metadata given to `save`, with `step`; None if there is no
@@ -168,22 +176,23 @@ class Checkpoints:
             )
         return None
 
-    def restore(self, path) -> dict:
+    def restore(self, path: str | os.PathLike) -> dict:
         """Restores the checkpoint in the folder `path`.
 
-        Returns, and raises, what `restore_latest` does; with
-        `FileNotFoundError` where there is no such folder.
+        Returns and raises the same as `restore_latest`, and raises
+        `FileNotFoundError` if there is no such folder.
         """
         path = os.fspath(path)
         if not os.path.isdir(path):
             raise FileNotFoundError(f"There is no checkpoint folder {path}.")
         return self._restore(path)
 
-    def restore_step(self, step) -> dict:
-        """`restore` of the checkpoint of a step.
+    def restore_step(self, step: int) -> dict:
+        """Restores the checkpoint of a step.
 
         Raises:
-            FileNotFoundError: there is none; else as `restore`.
+            FileNotFoundError: there is no checkpoint of this step; otherwise
+                see `restore`.
         """
         path = os.path.join(self.directory, f"step-{step:08d}")
         return self.restore(self._folders().get(step, path))
@@ -206,7 +215,7 @@ class Checkpoints:
                 found.setdefault(int(match[1]), path)
         return found
 
-    def _describe(self, step, metadata):
+    def _format_metadata(self, step, metadata):
         if step < 0:
             raise ValueError(f"`step` must be 0 or more. Received: {step}")
         taken = {"step", "variables"} & metadata.keys()
@@ -243,7 +252,7 @@ class Checkpoints:
                 os.rename(path, whole)
 
     def _copy(self):
-        """The variables, whole, in this process."""
+        """Copies of the variables, as whole tensors in this process."""
         fetch = self._strategy.fetch
         return {
             name: tf.Variable(fetch(variable))
@@ -321,7 +330,7 @@ def _describe_variables(variables):
 
 
 def _sum_files(path):
-    """What `sha256sum variables.* metadata.json` prints."""
+    """The output of `sha256sum variables.* metadata.json`."""
     names = sorted(
         name
         for name in os.listdir(path)
@@ -336,7 +345,7 @@ def _sum_files(path):
 
 
 def _find_damage(path):
-    """Which files are not what was saved, or None."""
+    """Names the files that differ from their sums; None if none does."""
     with open(os.path.join(path, _SUMS), "rb") as file:
         promised = file.read()
     found = _sum_files(path).encode()

@@ -8,6 +8,8 @@ exchange a result of `size` bytes, each device sends `(n - 1) / n * size`.
 import math
 from typing import NamedTuple
 
+import ml_collections
+
 from moe_tf import sharding
 from moe_tf.dispatch import capacity
 from moe_tf.distribute import layout_map
@@ -76,7 +78,7 @@ def token_bytes_sent(
     layer: layer_specs.Experts,
     width: int,
     batch_tokens: int,
-    config,
+    config: ml_collections.ConfigDict,
     axes: dict[str, int],
 ) -> int:
     """Returns the bytes that a device sends for a layer's tokens in a step.

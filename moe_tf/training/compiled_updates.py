@@ -1,19 +1,20 @@
 """An optimizer whose update is one program on a GPU."""
 
+import keras
 import tensorflow as tf
 
 from moe_tf import xla
 
 
-def compile_updates(optimizer):
-    """Lets XLA compile the update, where the step around it is not compiled.
+def compile_updates(optimizer: keras.optimizers.Optimizer) -> None:
+    """Compiles an optimizer's update with XLA, where the step is not compiled.
 
-    Keras's Adam launches about ten kernels for each variable; small models
-    wait for those longer than for their gradients. Gradients of gathers
-    become dense, as they do in Keras's update.
+    Keras's Adam launches about ten kernels for each variable. In small models
+    these take longer than the gradients. Gradients of gathers become dense,
+    as they do in Keras's own update.
 
     Args:
-        optimizer: `keras.optimizers.Optimizer`, built.
+        optimizer: a built optimizer, which is changed in place.
     """
     plain = optimizer.apply
 

@@ -83,7 +83,7 @@ def check_config(
         )
 
 
-def field_value(config: ml_collections.ConfigDict, field: str):
+def field_value(config: ml_collections.ConfigDict, field: str) -> object:
     """Returns the value of a field such as `"train.steps"`."""
     group, _, name = field.partition(".")
     return config[group][name]

@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import ml_collections
+
 from moe_tf.dispatch import capacity
 from moe_tf.models import layer_specs
 from moe_tf.routing import two_level
@@ -49,7 +51,7 @@ def format_table(rows: Rows) -> str:
     return "\n".join(f"{name:40}{value}".rstrip() for name, value in rows)
 
 
-def memory_rows(sizes: ModelSizes, config) -> Rows:
+def memory_rows(sizes: ModelSizes, config: ml_collections.ConfigDict) -> Rows:
     """Rows of the memory that weights and their training take."""
     return _memory_rows(sizes.kernel_shapes, config, "weights", "  ")
 
@@ -59,7 +61,7 @@ def padding_row(lengths: list[int]) -> tuple[str, str]:
     return "  padded to one of", ", ".join(map(str, lengths))
 
 
-def expert_rows(sizes: ModelSizes, config) -> Rows:
+def expert_rows(sizes: ModelSizes, config: ml_collections.ConfigDict) -> Rows:
     """Rows of the tokens that experts get, a pair for each layer."""
     rows = []
     for layer in sizes.expert_layers:
@@ -82,7 +84,7 @@ def expert_rows(sizes: ModelSizes, config) -> Rows:
 
 def mesh_rows(
     sizes: ModelSizes,
-    config,
+    config: ml_collections.ConfigDict,
     gradient_bytes: Callable[[dict[str, int]], int],
 ) -> Rows:
     """Rows of what each device of `config.mesh` holds and sends.

@@ -11,6 +11,7 @@ import os
 from typing import Any
 
 import keras
+import ml_collections
 import numpy as np
 from absl import logging
 
@@ -23,7 +24,7 @@ from moe_tf.training.board import TrainingBoard
 from moe_tf.training.task import Task
 
 
-def train(task: Task, config, workdir: str) -> None:
+def train(task: Task, config: ml_collections.ConfigDict, workdir: str) -> None:
     """Trains to `train.steps`, then tests the best checkpoint."""
     with _claim(task, config, workdir) as record:
         prepared = task.prepare(workdir)
@@ -45,7 +46,12 @@ def train(task: Task, config, workdir: str) -> None:
         print_once(task, f"To watch the run: tensorboard --logdir {workdir}")
 
 
-def evaluate(task: Task, config, workdir: str, name: str = "best") -> None:
+def evaluate(
+    task: Task,
+    config: ml_collections.ConfigDict,
+    workdir: str,
+    name: str = "best",
+) -> None:
     """Prints the quality of a checkpoint on validation and test text.
 
     With a capacity factor, experts drop tokens in a second evaluation as they
@@ -69,7 +75,9 @@ def evaluate(task: Task, config, workdir: str, name: str = "best") -> None:
             _evaluate(task, prepared, scorer, splits, clipped=True)
 
 
-def dry_run(task: Task, config, workdir: str) -> None:
+def dry_run(
+    task: Task, config: ml_collections.ConfigDict, workdir: str
+) -> None:
     """Prints what a run holds and costs; allocates nothing."""
     del config, workdir
     print_once(task, task.dry_run_report())
@@ -83,7 +91,13 @@ class RunCheckpoints:
         best: `Checkpoints` of the step with the best validation perplexity.
     """
 
-    def __init__(self, task: Task, config, workdir: str, scorer: keras.Model):
+    def __init__(
+        self,
+        task: Task,
+        config: ml_collections.ConfigDict,
+        workdir: str,
+        scorer: keras.Model,
+    ):
         self._named = variables.named_variables(scorer)
         self._folder = os.path.join(workdir, "checkpoints")
         self._strategy = task.strategy
@@ -101,7 +115,10 @@ class RunCheckpoints:
 
 
 def restore_run(
-    task: Task, config, workdir: str, name: str = "best"
+    task: Task,
+    config: ml_collections.ConfigDict,
+    workdir: str,
+    name: str = "best",
 ) -> tuple[Any, keras.Model]:
     """Restores a checkpoint of a run.
 

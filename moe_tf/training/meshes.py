@@ -2,7 +2,9 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
+import ml_collections
 import numpy as np
 import tensorflow as tf
 
@@ -16,13 +18,13 @@ from moe_tf.models import layer_specs
 _ROWS_MULTIPLE = 8
 
 
-def mesh_axes(config) -> dict[str, int] | None:
+def mesh_axes(config: ml_collections.ConfigDict) -> dict[str, int] | None:
     """Returns the sizes of the axes of `config.mesh`; None without a mesh."""
     sizes = {name: size for name, size in config.mesh.items() if size}
     return {"batch": 1, **sizes} if sizes else None
 
 
-def make_strategy(config) -> MeshStrategy | None:
+def make_strategy(config: ml_collections.ConfigDict) -> MeshStrategy | None:
     """Makes the `MeshStrategy` of `config.mesh`; None without a mesh.
 
     To be called before anything else uses TensorFlow.
@@ -35,7 +37,7 @@ def make_strategy(config) -> MeshStrategy | None:
     return None if axes is None else MeshStrategy(axes)
 
 
-def check_mesh(config, layers: tuple) -> None:
+def check_mesh(config: ml_collections.ConfigDict, layers: tuple) -> None:
     """Checks that a mesh divides batch and experts; sets its defaults.
 
     The defaults are those of `data.rows_multiple`, and of `moe.num_groups`
@@ -140,7 +142,7 @@ def padded_step(
 
 
 def score_on_mesh(
-    scorer: Callable, strategy: MeshStrategy, inputs
+    scorer: Callable, strategy: MeshStrategy, inputs: Any
 ) -> np.ndarray:
     """Computes `scorer(inputs)` on the mesh."""
     return placement.get(on_mesh(scorer, strategy)(inputs))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import keras
+import ml_collections
 
 from moe_tf import optimizers
 
@@ -44,7 +45,7 @@ OPTIMIZERS = {
 
 
 def make_optimizer(
-    train,
+    train: ml_collections.ConfigDict,
     schedule: keras.optimizers.schedules.LearningRateSchedule,
     **settings,
 ) -> keras.optimizers.Optimizer:

@@ -3,6 +3,7 @@
 import abc
 import contextlib
 import dataclasses
+from typing import Any
 
 import keras
 import ml_collections
@@ -10,6 +11,7 @@ import tensorflow as tf
 
 from moe_tf.distribute import MeshStrategy
 from moe_tf.training import optimizer
+from moe_tf.training.board import TrainingBoard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,26 +73,30 @@ class Task(abc.ABC):
         """Returns what the run holds and costs; allocates nothing."""
 
     @abc.abstractmethod
-    def prepare(self, workdir: str):
+    def prepare(self, workdir: str) -> Any:
         """Reads the text once and makes its vocabulary, unless done."""
 
     @abc.abstractmethod
-    def data_report(self, prepared) -> list[str]:
+    def data_report(self, prepared: Any) -> list[str]:
         """Returns lines on the size of the text."""
 
     @abc.abstractmethod
-    def build(self, prepared) -> keras.Model:
+    def build(self, prepared: Any) -> keras.Model:
         """Builds the compiled model; the seed decides its weights."""
 
     @abc.abstractmethod
-    def batches(self, prepared, split, start_step=0) -> tf.data.Dataset:
+    def batches(
+        self, prepared: Any, split: str, start_step: int = 0
+    ) -> tf.data.Dataset:
         """Returns the batches of a split, for training from `start_step`."""
 
     @abc.abstractmethod
-    def num_batches(self, prepared, split) -> int:
+    def num_batches(self, prepared: Any, split: str) -> int:
         """Returns the number of batches in one pass over a split."""
 
-    def callbacks(self, prepared, board) -> list[keras.callbacks.Callback]:
+    def callbacks(
+        self, prepared: Any, board: TrainingBoard
+    ) -> list[keras.callbacks.Callback]:
         """Returns the task's own callbacks, for the first process.
 
         Args:
@@ -101,14 +107,20 @@ class Task(abc.ABC):
         return []
 
     @abc.abstractmethod
-    def evaluate(self, scorer, prepared, split, clipped=False) -> list[str]:
+    def evaluate(
+        self,
+        scorer: keras.Model,
+        prepared: Any,
+        split: str,
+        clipped: bool = False,
+    ) -> list[str]:
         """Returns lines on the model's quality on a split.
 
         Args:
-            clipped: bool, whether experts drop tokens as in training, see
+            clipped: whether experts drop tokens as in training, see
                 `moe_tf.layers.clipped_evaluation`.
         """
 
     @abc.abstractmethod
-    def example_outputs(self, scorer, prepared) -> list[str]:
+    def example_outputs(self, scorer: keras.Model, prepared: Any) -> list[str]:
         """Returns lines of text that the trained model writes."""

@@ -1,23 +1,26 @@
 """Names for the state of a model in training, for checkpoints."""
 
 import re
+from collections.abc import Collection
 
+import keras
 import tensorflow as tf
 
 
-def named_variables(model) -> dict[str, tf.Variable]:
-    """The variables that make up the state of a model in training.
+def named_variables(model: keras.Model) -> dict[str, tf.Variable]:
+    """Returns the state of a model in training, as variables by name.
 
-    They are those of `model` (weights and states of `SeedGenerator`s, which
-    Keras's weight files leave out; no metrics) as `model/<path>`, and those
-    of its optimizer as `optimizer/<path>`, where a slot has its weight's path:
+    Variables of the model are named `model/<path>`. They are weights and
+    states of `SeedGenerator`s, which Keras's weight files leave out, but no
+    metrics. Variables of the optimizer are named `optimizer/<path>`, where a
+    slot has the path of its weight:
     `optimizer/adam/dense/kernel/momentum`.
 
-    Keras numbers names that the user did not choose (`dense_7`) by what the
-    process has built before. Such numbers are given anew, in the order of
+    Keras numbers automatic names (`dense_7`) by the layers that the process
+    has built before. This function counts anew, in the order of
     `model.variables`, so an identical model gets the same names in any
-    process; chosen names stay. A name counts as not chosen if it is the
-    class's in lower case, with or without a number.
+    process. Names that the user chose stay. A name counts as automatic if it
+    is the class's name in lower case, with or without a number.
 
     Args:
         model: compiled and built Keras model with a built optimizer.
@@ -26,7 +29,8 @@ def named_variables(model) -> dict[str, tf.Variable]:
         dict of `tf.Variable` by name, in the order of the model.
 
     Raises:
-        ValueError: something is not built, or weights have the same path.
+        ValueError: model or optimizer is not built, or two weights have the
+            same path.
     """
     optimizer = getattr(model, "optimizer", None)
     if not (model.built and optimizer is not None and optimizer.built):
@@ -49,12 +53,12 @@ def named_variables(model) -> dict[str, tf.Variable]:
 
 
 def _unique(variables):
-    """Without repetitions: layers that share a seed generator list it twice."""
+    """Drops repetitions: layers that share a seed generator list it twice."""
     return list({id(v): v for v in variables}.values())
 
 
 def _renumber(owners, paths):
-    """A function from a path to the path with its automatic numbers anew."""
+    """Returns a function that counts automatic names in a path anew."""
     automatic = {}
     for owner in owners:
         base = re.sub(r"_\d+$", "", owner.name)
@@ -104,7 +108,7 @@ def _to_dict(named):
     return result
 
 
-def list_some(names, limit=10):
-    """The first `limit` of the names, sorted, and how many there are."""
+def list_some(names: Collection[str], limit: int = 10) -> str:
+    """Lists the first `limit` of the sorted names, and their count."""
     some = ", ".join(sorted(names)[:limit])
     return some if len(names) <= limit else f"{some}, ... ({len(names)} in all)"

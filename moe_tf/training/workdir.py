@@ -6,6 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Collection
+from typing import TextIO
 
 import ml_collections
 
@@ -38,7 +39,7 @@ class Claim:
     Use it as a context manager, or call `release`.
     """
 
-    def __init__(self, file, path, text):
+    def __init__(self, file: TextIO, path: str, text: str):
         self._file = file
         self._path = path
         self._text = text

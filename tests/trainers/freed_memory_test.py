@@ -22,7 +22,7 @@ ARRAY_BYTES = 8 * 2**20
 def faults_of_steps(keep):
     """How often the system gives pages while steps free and ask again."""
     if keep:
-        freed_memory.keep()
+        freed_memory.keep_freed_memory()
     counts = []
     for _ in range(STEPS + 1):
         arrays = [np.ones(ARRAY_BYTES, "u1") for _ in range(4)]

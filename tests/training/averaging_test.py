@@ -30,7 +30,7 @@ def saved(folder, values, keep=10):
 
 def test_weights_are_means_and_the_rest_is_the_latest(tmp_path):
     last, average, variables = saved(tmp_path, [1.0, 3.0, 8.0])
-    assert averaging.average(last, average, variables) == [1, 2, 3]
+    assert averaging.average_checkpoints(last, average, variables) == [1, 2, 3]
     for held in (variables, None):
         if held is None:  # as another process reads it
             held = make(0.0)
@@ -47,14 +47,14 @@ def test_weights_are_means_and_the_rest_is_the_latest(tmp_path):
 
 def test_only_the_states_that_were_kept_count(tmp_path):
     last, average, variables = saved(tmp_path, [100.0, 1.0, 3.0], keep=2)
-    assert averaging.average(last, average, variables) == [2, 3]
+    assert averaging.average_checkpoints(last, average, variables) == [2, 3]
     np.testing.assert_allclose(variables["model/kernel"], [2.0, 4.0])
 
 
 def test_averaging_again_replaces_the_mean(tmp_path):
     last, average, variables = saved(tmp_path, [1.0, 3.0])
-    averaging.average(last, average, variables)
-    averaging.average(last, average, variables)
+    averaging.average_checkpoints(last, average, variables)
+    averaging.average_checkpoints(last, average, variables)
     np.testing.assert_allclose(variables["model/kernel"], [2.0, 4.0])
     assert average.steps() == [2]
 
@@ -62,10 +62,10 @@ def test_averaging_again_replaces_the_mean(tmp_path):
 def test_refuses_where_there_is_nothing_or_damage(tmp_path):
     last, average, variables = saved(tmp_path, [])
     with pytest.raises(ValueError, match="no checkpoint to average"):
-        averaging.average(last, average, variables)
+        averaging.average_checkpoints(last, average, variables)
     last, average, variables = saved(tmp_path, [1.0, 3.0])
     (data,) = tmp_path.glob("last/step-00000001/variables.data*")
     data.write_bytes(b"")
     with pytest.raises(checkpoints.DamagedCheckpointError, match="00000001"):
-        averaging.average(last, average, variables)
+        averaging.average_checkpoints(last, average, variables)
     assert average.steps() == []

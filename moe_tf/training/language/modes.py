@@ -1,23 +1,29 @@
-"""What `moe-tf-lm` can do with a run."""
+"""Modes of `moe-tf-lm`, the values of its flag `--mode`."""
 
 import functools
 import sys
 
+import ml_collections
 import numpy as np
 from absl import logging
 
 from moe_tf.training import loop
 from moe_tf.training.language import scoring
+from moe_tf.training.language.task import LanguageModelTask
 
 
-def sample(task, config, workdir):
-    """Prints sentences drawn from the best state."""
+def sample(
+    task: LanguageModelTask, config: ml_collections.ConfigDict, workdir: str
+) -> None:
+    """Prints sentences drawn from the best checkpoint."""
     prepared, scorer = loop.restore_run(task, config, workdir)
     for line in task.example_outputs(scorer, prepared):
         loop.print_once(task, line)
 
 
-def score(task, config, workdir):
+def score(
+    task: LanguageModelTask, config: ml_collections.ConfigDict, workdir: str
+) -> None:
     """Scores the sentences of standard input, one a line.
 
     Prints for each: the natural logarithm of its probability, its words with

@@ -1,26 +1,29 @@
-"""Probabilities of given sentences."""
+"""Log-probabilities of sentences under a language model."""
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from collections.abc import Iterator
+from typing import BinaryIO
 
 import numpy as np
 
 from moe_tf import special_ids
 from moe_tf.data import lines
+from moe_tf.data.text import preparation
 
 LINES_AT_ONCE = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """What a model says of one line.
+    """The score of one line, or the reason why there is none.
 
     Attributes:
         log_probability: float, in nats, the end of the sentence included.
         words: int, the end of the sentence counted.
         unknown: int, words that are not in the vocabulary.
-        skipped: str, why the line has no score; `None` if it has one.
+        skipped: str, why the line has no score; `None` if it has a score.
     """
 
     log_probability: float = 0.0
@@ -29,7 +32,9 @@ class Scored:
     skipped: str | None = None
 
 
-def score_lines(score, prepared, file) -> Iterator[Scored]:
+def score_lines(
+    score: Callable, prepared: preparation.PreparedText, file: BinaryIO
+) -> Iterator[Scored]:
     """Scores sentences in order, one `Scored` for each line.
 
     Reads 64 lines ahead.
@@ -37,7 +42,7 @@ def score_lines(score, prepared, file) -> Iterator[Scored]:
     Args:
         score: function of up to 64 sentences and `prepared` to their batch,
             see `batching.encode`, and the negative log-likelihoods in it.
-        prepared: the `Prepared` corpus that it was trained on.
+        prepared: the `PreparedText` that the model was trained on.
         file: binary file of sentences, one a line, of any length.
     """
     raw_lines = lines.bounded_lines(file)

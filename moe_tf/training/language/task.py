@@ -50,7 +50,7 @@ class LanguageModelTask(Task):
         self._check_experts()
 
     def _check_experts(self) -> None:
-        """Makes the routers, without weights, so that wrong settings tell."""
+        """Makes the routers without weights; wrong settings raise."""
         moe = self.config.moe
         mixtures = layer_specs.mixtures(self.variant().layers)
         for layer in mixtures:
@@ -72,7 +72,7 @@ class LanguageModelTask(Task):
                 )
 
     def variant(self) -> variants.Variant:
-        """What the model consists of, without building it."""
+        """Describes the model's layers without building them."""
         model = self.config.model
         return variants.variant(
             model.variant,
@@ -81,7 +81,7 @@ class LanguageModelTask(Task):
         )
 
     def prepare(self, workdir: str) -> preparation.PreparedText:
-        """The corpus, counted, and its vocabulary."""
+        """Reads the corpus, counts it and makes its vocabulary."""
         return preparation.prepare_text(self.config.data, workdir)
 
     def build(self, prepared: preparation.PreparedText) -> NextWordScorer:
@@ -143,19 +143,19 @@ class LanguageModelTask(Task):
         return dry_run.format_report(self.variant(), self.config)
 
     def data_report(self, prepared: preparation.PreparedText) -> list[str]:
-        """A line for each split, and one for what training sees of it."""
-        told = []
-        for split, found in prepared.statistics.items():
-            skipped = sum(found.skipped.values()) - found.skipped["blank"]
-            told.append(
-                f"{split}: {found.lines:,} sentences, {found.words:,} words "
-                f"with ends, {100 * found.unknown_rate:.2f}% unknown, "
+        """Returns a line for each split, and one for the passes."""
+        lines = []
+        for split, counts in prepared.statistics.items():
+            skipped = sum(counts.skipped.values()) - counts.skipped["blank"]
+            lines.append(
+                f"{split}: {counts.lines:,} sentences, {counts.words:,} words "
+                f"with ends, {100 * counts.unknown_rate:.2f}% unknown, "
                 f"{skipped:,} lines skipped"
             )
         steps = self.config.train.steps
         passes = steps / self.num_batches(prepared, "train")
-        told.append(f"{steps:,} steps are {passes:.2f} passes over train")
-        return told
+        lines.append(f"{steps:,} steps are {passes:.2f} passes over train")
+        return lines
 
     def evaluate(
         self,
@@ -164,9 +164,9 @@ class LanguageModelTask(Task):
         split: str,
         clipped: bool = False,
     ) -> list[str]:
-        """The perplexity on a split, told in a line."""
+        """Returns the perplexity on a split, in a line."""
         del clipped  # the layers know
-        figures = scorer.evaluate(
+        results = scorer.evaluate(
             self.batches(prepared, split),
             steps=self.num_batches(prepared, split),
             return_dict=True,
@@ -174,15 +174,15 @@ class LanguageModelTask(Task):
         )
         unknown = 100 * prepared.statistics[split].unknown_rate
         return [
-            f"{split} perplexity {figures['perplexity']:.2f} over "
-            f"{int(figures['words'])} words, ends of sentences counted "
+            f"{split} perplexity {results['perplexity']:.2f} over "
+            f"{int(results['words'])} words, ends of sentences counted "
             f"({unknown:.2f}% unknown)"
         ]
 
     def example_outputs(
         self, scorer: NextWordScorer, prepared: preparation.PreparedText
     ) -> list[str]:
-        """Sentences of the trained model, told after training."""
+        """Returns sentences drawn from the trained model."""
         return [f"sample: {text}" for text in self.sample(scorer, prepared)]
 
     def score(
@@ -190,8 +190,13 @@ class LanguageModelTask(Task):
         scorer: NextWordScorer,
         sentences: list[bytes],
         prepared: preparation.PreparedText,
-    ):
-        """A batch of up to 64 sentences, and its negative log-likelihoods."""
+    ) -> tuple:
+        """Scores up to 64 sentences.
+
+        Returns:
+            The batch, see `batching.encode`, and its negative
+            log-likelihoods.
+        """
         if self.strategy is None:
             batch = batching.encode(prepared, sentences)
             return batch, scorer(batch[0])
@@ -203,7 +208,7 @@ class LanguageModelTask(Task):
     def sample(
         self, scorer: NextWordScorer, prepared: preparation.PreparedText
     ) -> list[str]:
-        """Sentences drawn from the model, as `config.sample` says."""
+        """Draws sentences from the model with the settings `config.sample`."""
         sample = self.config.sample
         model = scorer.language_model
         if self.strategy is None:

@@ -1,4 +1,4 @@
-"""Many sentences through a translator: sorted, batched, in order again."""
+"""Translation of many sentences: sorted into batches, returned in order."""
 
 import dataclasses
 import itertools
@@ -10,15 +10,16 @@ import numpy as np
 from moe_tf import special_ids
 from moe_tf.data import lines
 from moe_tf.data.parallel import batch_plan
+from moe_tf.models.translation.translator import Translator
 
-# Batches that are read ahead to be sorted by length: less padding.
+# Batches that are read ahead and sorted by length, for less padding.
 _BATCHES_AHEAD = 16
 
 TOO_LONG = lines.TOO_LONG
 
-# No wordpiece is so long on average: a line of more need not be cut up to
-# know that it is too long.
-_MOST_BYTES_A_PIECE = 64
+# No line has so long wordpieces on average: a line of more bytes than this
+# times the limit is too long, and need not be split into wordpieces.
+_MAX_BYTES_PER_PIECE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +46,11 @@ class Translation:
 
 @dataclasses.dataclass(frozen=True)
 class Translated:
-    """What became of one line.
+    """The translations of one line, or the reason why there are none.
 
     Attributes:
-        translations: the best first; none of a line that was skipped.
-        skipped: why the line has none; `None` if it has.
+        translations: the best first; empty for a line that was skipped.
+        skipped: why the line was skipped; `None` if it was not.
     """
 
     translations: list[Translation]
@@ -57,7 +58,7 @@ class Translated:
 
 
 def translate_lines(
-    translator,
+    translator: Translator,
     raw_lines: Iterable[bytes | None],
     language: str | None,
     batch_size: int,
@@ -98,13 +99,18 @@ def translate_lines(
 
 
 def _why_unusable(raw, max_pieces):
-    if raw is not None and len(raw) > max_pieces * _MOST_BYTES_A_PIECE:
+    if raw is not None and len(raw) > max_pieces * _MAX_BYTES_PER_PIECE:
         return TOO_LONG
     return lines.reason_to_skip(raw, lines.MAX_LINE_BYTES)
 
 
-def all_best(translator, texts, language, batch_size) -> list[str]:
-    """The best translation of each text, whatever its length.
+def translate_texts(
+    translator: Translator,
+    texts: list[str],
+    language: str | None,
+    batch_size: int,
+) -> list[str]:
+    """Returns the best translation of each text, whatever its length.
 
     Args:
         translator: `models.translator.Translator`.
@@ -117,11 +123,9 @@ def all_best(translator, texts, language, batch_size) -> list[str]:
     return [found[i][0].text if found[i] else "" for i in range(len(texts))]
 
 
-def example(source: str, found: str, reference: str) -> str:
-    """A translation to look at, in three lines."""
-    return (
-        f"source:      {source}\ntranslation: {found}\nreference:   {reference}"
-    )
+def format_example(source: str, translation: str, reference: str) -> str:
+    """Formats a translation for a reader, in three lines."""
+    return f"source:      {source}\ntranslation: {translation}\nreference:   {reference}"
 
 
 def _in_batches(translator, numbered_rows, batch_size):

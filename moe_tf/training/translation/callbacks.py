@@ -1,10 +1,13 @@
-"""Translations of validation text at every evaluation."""
+"""Callback that translates validation text at every evaluation."""
 
 import keras
 import tensorflow as tf
 
 from moe_tf import tags
+from moe_tf.data.parallel import preparation
 from moe_tf.evaluation import bleu
+from moe_tf.training.board import TrainingBoard
+from moe_tf.training.task import Task
 from moe_tf.training.translation import batch_translate
 
 
@@ -12,9 +15,9 @@ class ValidationTranslations(keras.callbacks.Callback):
     """Adds BLEU and chrF to the logs and the board, and shows translations.
 
     Translates the first `translate.validation_sentences` of each pair,
-    greedily, for `val_bleu` and `val_chrf`, means over the pairs; with
-    several pairs also `val_bleu_<pair>`. To be put before callbacks that
-    read the logs.
+    greedily. The logs get `val_bleu` and `val_chrf`, means over the pairs,
+    and with several pairs also `val_bleu_<pair>`. Callbacks that read these
+    logs must come later.
 
     Args:
         task: `TranslationTask`.
@@ -22,7 +25,12 @@ class ValidationTranslations(keras.callbacks.Callback):
         board: `TrainingBoard`, whose writers are used.
     """
 
-    def __init__(self, task, prepared, board):
+    def __init__(
+        self,
+        task: Task,
+        prepared: preparation.PreparedPairs,
+        board: TrainingBoard,
+    ):
         super().__init__()
         self.task = task
         self.board = board
@@ -40,41 +48,41 @@ class ValidationTranslations(keras.callbacks.Callback):
         translator = self.task.translator(
             self.model, self._prepared, method="greedy", num_best=1
         )
-        figures, shown = {}, {}
+        scores, shown = {}, {}
         for pair, sources, references in self._texts:
-            found = batch_translate.all_best(
+            found = batch_translate.translate_texts(
                 translator,
                 sources,
                 self.task.language(self._prepared, pair),
                 self._settings.batch_size,
             )
-            figures[pair.name] = bleu.corpus_scores(
+            scores[pair.name] = bleu.corpus_scores(
                 found, references, self._settings.bleu_tokenize
             )
             rows = zip(sources, found, references, strict=True)
             shown[pair.name] = [
-                batch_translate.example(*row)
+                batch_translate.format_example(*row)
                 for row, _ in zip(
                     rows, range(self._settings.shown), strict=False
                 )
             ]
-        number = len(figures)
-        logs["val_bleu"] = sum(f.bleu for f in figures.values()) / number
-        logs["val_chrf"] = sum(f.chrf for f in figures.values()) / number
-        if number > 1:
-            for name, scores in figures.items():
-                logs[f"val_bleu_{name}"] = scores.bleu
-        self._write(figures, shown)
+        num_pairs = len(scores)
+        logs["val_bleu"] = sum(f.bleu for f in scores.values()) / num_pairs
+        logs["val_chrf"] = sum(f.chrf for f in scores.values()) / num_pairs
+        if num_pairs > 1:
+            for name, of_pair in scores.items():
+                logs[f"val_bleu_{name}"] = of_pair.bleu
+        self._write(scores, shown)
 
-    def _write(self, figures, shown):
+    def _write(self, scores, shown):
         with (
             self.board.disk_errors(),
             self.board.writer("validation").as_default(self.board.step()),
         ):
-            for name, scores in figures.items():
-                tf.summary.scalar(tags.bleu(name), scores.bleu)
-                tf.summary.scalar(tags.chrf(name), scores.chrf)
-                tf.summary.text(tags.signature(name), scores.bleu_signature)
+            for name, of_pair in scores.items():
+                tf.summary.scalar(tags.bleu(name), of_pair.bleu)
+                tf.summary.scalar(tags.chrf(name), of_pair.chrf)
+                tf.summary.text(tags.signature(name), of_pair.bleu_signature)
                 text = [_preformatted(example) for example in shown[name]]
                 if text:
                     tf.summary.text(tags.translations(name), text)

@@ -2,6 +2,8 @@
 
 import functools
 
+import ml_collections
+
 from moe_tf.data.parallel import batch_plan
 from moe_tf.models import layer_specs
 from moe_tf.models.translation import variants
@@ -9,7 +11,9 @@ from moe_tf.training import communication
 from moe_tf.training import dry_run
 
 
-def format_report(variant: variants.Variant, config) -> str:
+def format_report(
+    variant: variants.Variant, config: ml_collections.ConfigDict
+) -> str:
     """Returns parameters, operations and bytes of a run, as text.
 
     With `config.mesh`, also what each device holds and sends.
@@ -43,7 +47,9 @@ def format_report(variant: variants.Variant, config) -> str:
 
 
 def gradient_bytes(
-    variant: variants.Variant, config, axes: dict[str, int]
+    variant: variants.Variant,
+    config: ml_collections.ConfigDict,
+    axes: dict[str, int],
 ) -> int:
     """Returns the bytes that a device sends to sum gradients in a step.
 

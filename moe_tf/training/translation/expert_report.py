@@ -1,23 +1,30 @@
-"""Which words a trained model's experts get: table 9 of the paper."""
+"""The words that each expert of a trained model gets, as in table 9."""
 
 from moe_tf import special_ids
 from moe_tf.data.parallel import batching
+from moe_tf.data.parallel import preparation
 from moe_tf.evaluation import expert_words
 from moe_tf.evaluation import expert_words_report
 from moe_tf.layers import recorded_gates
 from moe_tf.layers.moe import SparseMoE
+from moe_tf.models.translation.scorer import TranslationScorer
+from moe_tf.training.translation.task import TranslationTask
 
 
-def report(task, scorer, prepared):
-    """Runs test text through the model, and tells of a layer's experts.
+def make_report(
+    task: TranslationTask,
+    scorer: TranslationScorer,
+    prepared: preparation.PreparedPairs,
+) -> tuple[str, str]:
+    """Runs test text through the model, and reports a layer's experts.
 
     Args:
-        task: `TranslationTask`; `config.experts` says what to look at.
+        task: `TranslationTask`; `config.experts` says which layer and experts.
         scorer: its `TranslationScorer`, trained.
         prepared: its `PreparedPairs`.
 
     Returns:
-        The same as text and as a page.
+        The report as text, and as an HTML page.
 
     Raises:
         ValueError: the model has no such layer, or the layer no such expert.

@@ -1,4 +1,4 @@
-"""What `moe-tf-mt` can do with a run."""
+"""Modes of `moe-tf-mt`, the values of its flag `--mode`."""
 
 import contextlib
 import json
@@ -6,6 +6,7 @@ import os
 import sys
 import time
 
+import ml_collections
 import numpy as np
 import tensorflow as tf
 from absl import logging
@@ -19,47 +20,52 @@ from moe_tf.training import workdir as workdirs
 from moe_tf.training.translation import batch_translate
 from moe_tf.training.translation import expert_report
 from moe_tf.training.translation import scoring
+from moe_tf.training.translation.task import TranslationTask
 
-# Seconds between two words of progress, on standard error.
-_PROGRESS = 10.0
+# Seconds between two lines of progress on standard error.
+_PROGRESS_SECONDS = 10.0
 
 
-def translate(task, config, workdir):
+def translate(
+    task: TranslationTask, config: ml_collections.ConfigDict, workdir: str
+) -> None:
     """Translates lines of files or of standard input, in order.
 
-    A line that cannot be translated gives an empty one (in JSON the reason),
-    and is reported on standard error.
+    A line that cannot be translated gives an empty line, or in JSON the
+    reason, and is reported on standard error.
     """
-    _refuse_a_mesh(task, config, "translate")
+    _refuse_mesh(task, config, "translate")
     prepared, scorer = _open(task, config, workdir)
     settings = config.translate
     pair = task.pair(prepared)
-    number, bad, began = 0, 0, time.monotonic()
-    told = began
-    found = batch_translate.translate_lines(
+    number, num_skipped, began = 0, 0, time.monotonic()
+    reported = began
+    translated = batch_translate.translate_lines(
         task.translator(scorer, prepared),
         _input_lines(settings.input),
         task.language(prepared, pair),
         settings.batch_size,
         settings.max_pieces,
     )
-    for number, line in enumerate(found, start=1):
+    for number, line in enumerate(translated, start=1):
         if line.skipped:
-            bad += 1
+            num_skipped += 1
             _report(f"line {number} is not translated: {line.skipped}")
         print(_format(line, number, settings), flush=number == 1)
         now = time.monotonic()
-        if now - told > _PROGRESS:
-            told = now
+        if now - reported > _PROGRESS_SECONDS:
+            reported = now
             _report(f"{number:,} lines, {number / (now - began):,.1f} a second")
     sys.stdout.flush()
     _report(
-        f"{number:,} lines, {bad:,} of them not translated, "
+        f"{number:,} lines, {num_skipped:,} of them not translated, "
         f"{time.monotonic() - began:.1f} s"
     )
 
 
-def score(task, config, workdir):
+def score(
+    task: TranslationTask, config: ml_collections.ConfigDict, workdir: str
+) -> None:
     """Scores given translations: `source<TAB>target` lines of standard input.
 
     Prints for each: the natural logarithm of the target's probability given
@@ -67,7 +73,7 @@ def score(task, config, workdir):
     separated by tabs, in the order of the input. A line that cannot be scored
     gives the reason instead.
     """
-    _refuse_a_mesh(task, config, "score")
+    _refuse_mesh(task, config, "score")
     prepared, scorer = _open(task, config, workdir)
     settings = config.translate
     language = task.language(prepared, task.pair(prepared))
@@ -96,14 +102,17 @@ def score(task, config, workdir):
         )
 
 
-def export(task, config, workdir):
+def export(
+    task: TranslationTask, config: ml_collections.ConfigDict, workdir: str
+) -> None:
     """Saves a program that translates strings, in `<workdir>/export`.
 
-    A SavedModel with the signature `translate`; of several target languages
-    one each, `translate_<language>`. It answers as `--mode=translate` does,
-    and whoever loads it imports `tensorflow_text` alone.
+    The program is a SavedModel with the signature `translate`, or, with
+    several target languages, one signature `translate_<language>` each. It
+    returns the same translations as `--mode=translate`. Loading it needs
+    `tensorflow_text` and nothing of this package.
     """
-    _refuse_a_mesh(task, config, "export")
+    _refuse_mesh(task, config, "export")
     prepared, scorer = _open(task, config, workdir)
     translator = task.translator(scorer, prepared)
     languages = prepared.wordpieces.languages
@@ -115,41 +124,47 @@ def export(task, config, workdir):
     loop.print_once(task, f"Saved {', '.join(signatures)} in {folder}")
 
 
-def average(task, config, workdir):
-    """Saves the mean of the last states' weights as `checkpoints/average`.
+def average(
+    task: TranslationTask, config: ml_collections.ConfigDict, workdir: str
+) -> None:
+    """Saves the mean of the last checkpoints as `checkpoints/average`.
 
-    To be used with `translate.checkpoint=average`. `train.keep_checkpoints`
-    says how many states there are.
+    `translate.checkpoint=average` uses it. `train.keep_checkpoints` is the
+    number of checkpoints that are averaged.
     """
     with workdirs.claim_workdir(workdir, config, task.free_fields):
         workdirs.check_workdir(workdir, config, task.free_fields)
         prepared = task.prepare(workdir)
         scorer = task.build(prepared)
         saved = loop.RunCheckpoints(task, config, workdir, scorer)
-        steps = averaging.average(
+        steps = averaging.average_checkpoints(
             saved.last,
             saved.in_folder("average"),
             variables.named_variables(scorer),
             task.strategy,
         )
-        told = ", ".join(map(str, steps))
-        loop.print_once(task, f"Saved the mean of the states of steps {told}")
+        listed = ", ".join(map(str, steps))
+        loop.print_once(task, f"Saved the mean of the states of steps {listed}")
 
 
-def evaluate(task, config, workdir):
-    """Perplexity, BLEU and chrF of `translate.checkpoint`, pair by pair."""
+def evaluate(
+    task: TranslationTask, config: ml_collections.ConfigDict, workdir: str
+) -> None:
+    """Prints perplexity, BLEU and chrF of `translate.checkpoint` by pair."""
     name = config.translate.checkpoint
     loop.evaluate(task, config, workdir, name)
 
 
-def experts(task, config, workdir):
-    """Prints which words each expert gets, as table 9 of the paper.
+def experts(
+    task: TranslationTask, config: ml_collections.ConfigDict, workdir: str
+) -> None:
+    """Prints the words that each expert gets, as table 9 of the paper.
 
-    Writes the same as a page, `<workdir>/experts.html`.
+    Also writes them as a page, `<workdir>/experts.html`.
     """
-    _refuse_a_mesh(task, config, "experts")
+    _refuse_mesh(task, config, "experts")
     prepared, scorer = _open(task, config, workdir)
-    text, page = expert_report.report(task, scorer, prepared)
+    text, page = expert_report.make_report(task, scorer, prepared)
     print(text)
     path = os.path.join(workdir, "experts.html")
     files.write(path, page)
@@ -173,7 +188,7 @@ def _open(task, config, workdir):
     return loop.restore_run(task, config, workdir, name)
 
 
-def _refuse_a_mesh(task, config, mode):
+def _refuse_mesh(task, config, mode):
     if task.strategy is not None:
         raise ValueError(
             f"`mode`={mode} is for one device, which reads the states of any "

@@ -1,8 +1,9 @@
-"""Probabilities of given translations."""
+"""Log-probabilities of given translations."""
 
 import dataclasses
 import functools
 import itertools
+from collections.abc import Iterable
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,19 +11,21 @@ import numpy as np
 from moe_tf import special_ids
 from moe_tf.data import lines
 from moe_tf.data.parallel import batching
+from moe_tf.data.parallel import preparation
+from moe_tf.models.translation.scorer import TranslationScorer
 
 NO_TAB = "no_tab_between_source_and_target"
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoredPair:
-    """What a model says of one line.
+    """The score of one line, or the reason why there is none.
 
     Attributes:
         log_probability: float, of the target given the source, in nats, its
             end included.
         pieces: int, wordpieces of the target, its end counted.
-        skipped: str, why the line has no score; `None` if it has one.
+        skipped: str, why the line has no score; `None` if it has a score.
     """
 
     log_probability: float = 0.0
@@ -31,13 +34,18 @@ class ScoredPair:
 
 
 def score_lines(
-    scorer, prepared, raw_lines, language, batch_size, max_pieces
+    scorer: TranslationScorer,
+    prepared: preparation.PreparedPairs,
+    raw_lines: Iterable[bytes | None],
+    language: str | None,
+    batch_size: int,
+    max_pieces: int,
 ) -> Iterator[ScoredPair]:
     """Scores lines `source<TAB>target` in order, one `ScoredPair` each.
 
     Args:
         scorer: `TranslationScorer`.
-        prepared: the `PreparedPairs` that it was trained on.
+        prepared: the `PreparedPairs` that the model was trained on.
         raw_lines: as `lines.bounded_lines` gives them.
         language: see `Translator`.
         batch_size: lines scored together.

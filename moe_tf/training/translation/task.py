@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -19,6 +20,7 @@ from moe_tf.models.translation.scorer import TranslationScorer
 from moe_tf.training import compiled_updates
 from moe_tf.training import config_checks
 from moe_tf.training import meshes
+from moe_tf.training.board import TrainingBoard
 from moe_tf.training.task import Task
 from moe_tf.training.translation import batch_translate
 from moe_tf.training.translation import dry_run
@@ -48,14 +50,14 @@ class TranslationTask(Task):
 
     @property
     def settings(self) -> translator.Settings:
-        """How translations are found."""
+        """The decoder's settings."""
         names = translator.Settings._fields
         return translator.Settings(
             **{name: self.config.translate[name] for name in names}
         )
 
     def variant(self) -> variants.Variant:
-        """What the model consists of, without building it."""
+        """Describes the model's layers without building them."""
         model = self._make_model(vocabulary_size=8)
         return model.variant
 
@@ -64,16 +66,16 @@ class TranslationTask(Task):
         return dry_run.format_report(self.variant(), self.config)
 
     def prepare(self, workdir: str) -> preparation.PreparedPairs:
-        """The corpus, cut into wordpieces."""
+        """Reads the corpus and splits it into wordpieces."""
         return preparation.prepare_pairs(self.config.data, workdir)
 
     def data_report(self, prepared: preparation.PreparedPairs) -> list[str]:
-        """A line for each pair and split, and one for the passes."""
-        told = []
+        """Returns a line for each pair and split, and one for the passes."""
+        lines = []
         for split, by_pair in prepared.statistics.items():
             for name, found in by_pair.items():
                 skipped = sum(found.skipped.values())
-                told.append(
+                lines.append(
                     f"{split} {name}: {found.pairs:,} sentence pairs, "
                     f"{found.source_pieces:,} source and "
                     f"{found.target_pieces:,} target wordpieces with ends, "
@@ -86,22 +88,30 @@ class TranslationTask(Task):
             self.config.seed,
             rows_multiple=data.rows_multiple,
         )
-        told.append(f"{steps:,} steps are {passes:.2f} passes over train")
-        return told
+        lines.append(f"{steps:,} steps are {passes:.2f} passes over train")
+        return lines
 
-    def pair(self, prepared: preparation.PreparedPairs):
-        """The language pair that `translate.pair` names."""
+    def pair(self, prepared: preparation.PreparedPairs) -> Any:
+        """Returns the language pair that `translate.pair` names."""
         name = self.config.translate.pair
         if not name:
             return prepared.corpus.pairs[0]
         return prepared.corpus.pair(name)
 
-    def language(self, prepared: preparation.PreparedPairs, pair) -> str | None:
-        """The target to ask for; None where there is only one."""
+    def language(
+        self, prepared: preparation.PreparedPairs, pair: Any
+    ) -> str | None:
+        """Returns the target language to name; None if there is one only."""
         return pair.target if prepared.wordpieces.languages else None
 
-    def texts(self, prepared, split, pair, number=None):
-        """The first sources and references of a split, lists of str."""
+    def texts(
+        self,
+        prepared: preparation.PreparedPairs,
+        split: str,
+        pair: Any,
+        number: int | None = None,
+    ) -> list[list[str]]:
+        """Returns the first sources and references of a split."""
         rows = itertools.islice(prepared.corpus.lines(pair, split), number)
         sides = zip(*rows, strict=True)
         return [[text.decode("utf-8") for text in side] for side in sides]
@@ -167,14 +177,21 @@ class TranslationTask(Task):
             rows_multiple=data.rows_multiple,
         )
 
-    def callbacks(self, prepared, board) -> list[keras.callbacks.Callback]:
-        """Translations of validation text at every evaluation."""
+    def callbacks(
+        self, prepared: preparation.PreparedPairs, board: TrainingBoard
+    ) -> list[keras.callbacks.Callback]:
+        """Returns the callback that translates validation text."""
         if self.strategy is not None:
             return []  # decoding is for one device
         return [ValidationTranslations(self, prepared, board)]
 
-    def translator(self, scorer, prepared, **changes) -> translator.Translator:
-        """The decoder of a model, as `config.translate` says."""
+    def translator(
+        self,
+        scorer: TranslationScorer,
+        prepared: preparation.PreparedPairs,
+        **changes,
+    ) -> translator.Translator:
+        """Makes the decoder of a model with the settings of the config."""
         return _translator(
             scorer.translation_model,
             prepared.wordpieces,
@@ -188,63 +205,63 @@ class TranslationTask(Task):
         split: str,
         clipped: bool = False,
     ) -> list[str]:
-        """Perplexity, BLEU and chrF of each pair, a line each.
+        """Returns perplexity, BLEU and chrF of each pair, a line each.
 
-        Decoders drop nothing, so `clipped` has the perplexity alone.
+        Decoders drop nothing, so with `clipped` there is the perplexity only.
         """
-        told = []
+        lines = []
         for pair in prepared.corpus.pairs:
-            figures = scorer.evaluate(
+            results = scorer.evaluate(
                 self.batches(prepared, split, pair=pair.name),
                 steps=self.num_batches(prepared, split, pair=pair.name),
                 return_dict=True,
                 verbose=0,
             )
-            told.append(
-                f"{split} {pair.name}: perplexity {figures['perplexity']:.3f} "
-                f"over {int(figures['words'])} wordpieces, ends counted"
+            lines.append(
+                f"{split} {pair.name}: perplexity {results['perplexity']:.3f} "
+                f"over {int(results['words'])} wordpieces, ends counted"
             )
             if self.strategy is None and not clipped:
-                told += self._scores(scorer, prepared, split, pair)
-        return told
+                lines += self._scores(scorer, prepared, split, pair)
+        return lines
 
     def _scores(self, scorer, prepared, split, pair):
         sources, references = self.texts(prepared, split, pair)
-        found = batch_translate.all_best(
+        translations = batch_translate.translate_texts(
             self.translator(scorer, prepared),
             sources,
             self.language(prepared, pair),
             self.config.translate.batch_size,
         )
         scores = bleu.corpus_scores(
-            found, references, self.config.translate.bleu_tokenize
+            translations, references, self.config.translate.bleu_tokenize
         )
         return [
             f"{split} {pair.name}: BLEU {scores.bleu:.2f} "
             f"({scores.bleu_signature}), chrF {scores.chrf:.2f} "
-            f"({scores.chrf_signature}), {len(found)} sentences"
+            f"({scores.chrf_signature}), {len(translations)} sentences"
         ]
 
     def example_outputs(
         self, scorer: TranslationScorer, prepared: preparation.PreparedPairs
     ) -> list[str]:
-        """Some sentences of the test text, translated."""
+        """Returns translations of some sentences of the test text."""
         if self.strategy is not None or not self.config.translate.shown:
             return []
-        told = []
+        lines = []
         for pair in prepared.corpus.pairs:
             sources, references = self.texts(
                 prepared, "test", pair, self.config.translate.shown
             )
-            found = batch_translate.all_best(
+            translations = batch_translate.translate_texts(
                 self.translator(scorer, prepared),
                 sources,
                 self.language(prepared, pair),
                 self.config.translate.batch_size,
             )
-            for row in zip(sources, found, references, strict=True):
-                told.append(batch_translate.example(*row))
-        return told
+            for row in zip(sources, translations, references, strict=True):
+                lines.append(batch_translate.format_example(*row))
+        return lines
 
     def _make_model(self, vocabulary_size):
         model = self.config.model.to_dict()
@@ -259,7 +276,7 @@ class TranslationTask(Task):
 
 @functools.lru_cache(maxsize=2)
 def _translator(model, wordpieces, settings):
-    """Made once, since it is traced once; it reads the weights as they are."""
+    """Makes a translator once, so that it is traced once."""
     return translator.Translator(model, wordpieces, settings)
 
 
