@@ -93,9 +93,9 @@ def translate_lines(
                 for i, row in zip(usable, rows, strict=True)
                 if reasons[i] is None
             ]
-            found = dict(_in_batches(translator, fit, batch_size))
+            by_index = dict(_in_batches(translator, fit, batch_size))
         for i, reason in enumerate(reasons):
-            yield Translated([], reason) if reason else Translated(found[i])
+            yield Translated([], reason) if reason else Translated(by_index[i])
 
 
 def _why_unusable(raw, max_pieces):
@@ -119,13 +119,19 @@ def translate_texts(
         batch_size: sentences translated together.
     """
     rows = translator.rows(texts, language).to_list()
-    found = dict(_in_batches(translator, enumerate(rows), batch_size))
-    return [found[i][0].text if found[i] else "" for i in range(len(texts))]
+    by_index = dict(_in_batches(translator, enumerate(rows), batch_size))
+    return [
+        by_index[i][0].text if by_index[i] else "" for i in range(len(texts))
+    ]
 
 
 def format_example(source: str, translation: str, reference: str) -> str:
     """Formats a translation for a reader, in three lines."""
-    return f"source:      {source}\ntranslation: {translation}\nreference:   {reference}"
+    return (
+        f"source:      {source}\n"
+        f"translation: {translation}\n"
+        f"reference:   {reference}"
+    )
 
 
 def _in_batches(translator, numbered_rows, batch_size):
@@ -134,10 +140,10 @@ def _in_batches(translator, numbered_rows, batch_size):
     for first in range(0, len(ordered), batch_size):
         batch = ordered[first : first + batch_size]
         source_BS = _padded([row for _, row in batch], batch_size)
-        found = translator.find(source_BS)
-        strings = translator.strings(found)
+        hypotheses = translator.find(source_BS)
+        strings = translator.strings(hypotheses)
         texts_BM = strings["translation"].numpy()
-        arrays = [None if x is None else x.numpy() for x in found]
+        arrays = [None if x is None else x.numpy() for x in hypotheses]
         for b, (number, row) in enumerate(batch):
             own = [None if array is None else array[b] for array in arrays]
             yield number, list(_translations(translator, row, texts_BM[b], own))
@@ -152,8 +158,10 @@ def _padded(rows, num_rows):
     return source_BS
 
 
-def _translations(translator, row, texts_M, found):
-    tokens_MI, lengths_M, scores_M, log_probabilities_M, attention_MIS = found
+def _translations(translator, row, texts_M, hypotheses):
+    tokens_MI, lengths_M, scores_M, log_probabilities_M, attention_MIS = (
+        hypotheses
+    )
     pieces = translator.wordpieces.pieces
     for m, length in enumerate(lengths_M):
         if not length:

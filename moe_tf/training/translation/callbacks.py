@@ -50,16 +50,16 @@ class ValidationTranslations(keras.callbacks.Callback):
         )
         scores, shown = {}, {}
         for pair, sources, references in self._texts:
-            found = batch_translate.translate_texts(
+            translations = batch_translate.translate_texts(
                 translator,
                 sources,
                 self.task.language(self._prepared, pair),
                 self._settings.batch_size,
             )
             scores[pair.name] = bleu.corpus_scores(
-                found, references, self._settings.bleu_tokenize
+                translations, references, self._settings.bleu_tokenize
             )
-            rows = zip(sources, found, references, strict=True)
+            rows = zip(sources, translations, references, strict=True)
             shown[pair.name] = [
                 batch_translate.format_example(*row)
                 for row, _ in zip(

@@ -77,8 +77,8 @@ def _read(task, scorer, prepared, pair, sides, layer, words, several):
         side = "source" if layer.name.startswith("encoder") else "tokens"
         rows = _pieces(prepared.wordpieces, inputs[side])
         names = [pair.target] * len(rows) if several else None
-        (found,) = gates[layer.name]
-        words.add(rows, *found, names)
+        (recorded,) = gates[layer.name]
+        words.add(rows, *recorded, names)
 
 
 def _pieces(wordpieces, ids_BL):

@@ -214,27 +214,27 @@ def _format(line, number, settings):
         if line.skipped:
             content["skipped"] = line.skipped
         content["translations"] = [
-            _to_json(found) for found in line.translations
+            _to_json(translation) for translation in line.translations
         ]
         return json.dumps(content, ensure_ascii=False)
     if settings.num_best == 1:
         return line.translations[0].text if line.translations else ""
     return "\n".join(
-        f"{number}\t{found.score:.4f}\t{found.text}"
-        for found in line.translations
+        f"{number}\t{translation.score:.4f}\t{translation.text}"
+        for translation in line.translations
     )
 
 
-def _to_json(found):
+def _to_json(translation):
     content = {
-        "text": found.text,
-        "score": found.score,
-        "log_probability": found.log_probability,
-        "source_pieces": found.source_pieces,
-        "pieces": found.pieces,
+        "text": translation.text,
+        "score": translation.score,
+        "log_probability": translation.log_probability,
+        "source_pieces": translation.source_pieces,
+        "pieces": translation.pieces,
     }
-    if found.attention is not None:
-        content["attention"] = found.attention.round(4).tolist()
+    if translation.attention is not None:
+        content["attention"] = translation.attention.round(4).tolist()
     return content
 
 

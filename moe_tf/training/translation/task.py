@@ -73,13 +73,13 @@ class TranslationTask(Task):
         """Returns a line for each pair and split, and one for the passes."""
         lines = []
         for split, by_pair in prepared.statistics.items():
-            for name, found in by_pair.items():
-                skipped = sum(found.skipped.values())
+            for name, counts in by_pair.items():
+                skipped = sum(counts.skipped.values())
                 lines.append(
-                    f"{split} {name}: {found.pairs:,} sentence pairs, "
-                    f"{found.source_pieces:,} source and "
-                    f"{found.target_pieces:,} target wordpieces with ends, "
-                    f"{found.unknown_pieces:,} unknown, {skipped:,} skipped"
+                    f"{split} {name}: {counts.pairs:,} sentence pairs, "
+                    f"{counts.source_pieces:,} source and "
+                    f"{counts.target_pieces:,} target wordpieces with ends, "
+                    f"{counts.unknown_pieces:,} unknown, {skipped:,} skipped"
                 )
         data, steps = self.config.data, self.config.train.steps
         passes = steps / batching.batches_in_first_pass(
