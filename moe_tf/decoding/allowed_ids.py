@@ -1,10 +1,33 @@
-"""Ids that a model may write: not padding or unknown, say."""
+"""Ids that a decoder may write: all but padding and unknown, for instance."""
+
+import math
+from collections.abc import Iterable
 
 import numpy as np
+from keras import ops
+
+from moe_tf.types import Tensor
 
 
-def mask(vocabulary_size, forbidden_ids, end_id=None):
-    """Which ids are not forbidden, bool `(V,)`.
+def forbid_ids(
+    logits_NV: Tensor, forbidden_ids: Iterable[int], end_id: int | None = None
+) -> Tensor:
+    """Returns the logits with `-inf` for each id that is forbidden.
+
+    Raises:
+        ValueError: an id is not in the vocabulary, none is left, or `end_id`
+            is not.
+    """
+    allowed_V = allowed_mask(logits_NV.shape[-1], forbidden_ids, end_id)
+    return ops.where(allowed_V, logits_NV, -math.inf)
+
+
+def allowed_mask(
+    vocabulary_size: int,
+    forbidden_ids: Iterable[int],
+    end_id: int | None = None,
+) -> np.ndarray:
+    """Returns the mask of the ids that are not forbidden, bool `(V,)`.
 
     Raises:
         ValueError: an id is not in the vocabulary, none is left, or `end_id`

@@ -1,29 +1,34 @@
-"""What a beam search remembers of each position, and the way back."""
+"""Tokens and back-pointers of each position, and hypotheses traced from them.
+
+A hypothesis' back-pointer is the index, among the hypotheses of the position
+before, of the one that it continues.
+"""
 
 import typing
 
 import tensorflow as tf
 
 from moe_tf import special_ids
+from moe_tf.types import Tensor
 
 
 class History(typing.NamedTuple):
     """Arrays with one entry a position.
 
     Attributes:
-        tokens: int32 `(B, M)`, the tokens that lived on.
-        slots: int32 `(B, M)`, where in the beam before it each came from.
-        attention: float32 `(B, M, S)`, of the beam before it; `()` if it is
-            not kept.
+        tokens: int32 `(B, M)`, the token of each hypothesis.
+        parents: int32 `(B, M)`, back-pointers.
+        attention: float32 `(B, M, S)`, of the hypotheses of the position
+            before, with which they predicted; `()` if it is not kept.
     """
 
     tokens: tf.TensorArray
-    slots: tf.TensorArray
-    attention: typing.Any
+    parents: tf.TensorArray
+    attention: tf.TensorArray | tuple[()]
 
 
-def empty(num_positions, keeps_attention):
-    """A `History` with room for `num_positions`."""
+def empty(num_positions: Tensor, keeps_attention: bool) -> History:
+    """Returns a `History` with room for `num_positions`."""
 
     def array(dtype):
         return tf.TensorArray(dtype, size=num_positions)
@@ -32,50 +37,62 @@ def empty(num_positions, keeps_attention):
     return History(array(tf.int32), array(tf.int32), attention)
 
 
-def append(history, position, token_BM, slot_BM, attention_BMS=None):
-    """The history with one position more."""
+def append(
+    history: History,
+    position: Tensor,
+    token_BM: Tensor,
+    parent_BM: Tensor,
+    attention_BMS: Tensor | None = None,
+) -> History:
+    """Returns the history with one position more."""
     attention = history.attention
     if attention != ():
         attention = attention.write(position, attention_BMS)
     return History(
         history.tokens.write(position, token_BM),
-        history.slots.write(position, slot_BM),
+        history.parents.write(position, parent_BM),
         attention,
     )
 
 
-def trace(history, num_positions, length_BP, slot_BP, end_id):
-    """Follows finished hypotheses back to their start.
+def trace(
+    history: History,
+    num_positions: Tensor,
+    length_BP: Tensor,
+    parent_BP: Tensor,
+    end_id: int,
+) -> tuple[Tensor, Tensor | None]:
+    """Follows the back-pointers of `P` finished hypotheses to their start.
 
     Args:
         history: `History`.
         num_positions: int32 scalar, how many were appended, 1 or more.
         length_BP: int32, lengths of the finished hypotheses; 0 for none.
-        slot_BP: int32, where in the beam they were before `end_id`.
+        parent_BP: int32, back-pointers of their last token, `end_id`.
         end_id: int, their last token.
 
     Returns:
         `(token_BPI, attention_BPIS)`, 0 past the length; `I` is the largest
         length. Attention is `None` where it was not kept.
     """
-    written_I = tf.range(num_positions)
-    token_IBM = history.tokens.gather(written_I)
-    came_from_IBM = history.slots.gather(written_I)
+    position_I = tf.range(num_positions)
+    token_IBM = history.tokens.gather(position_I)
+    parent_IBM = history.parents.gather(position_I)
 
-    def back(carry, now):
-        _, at_BP = carry
-        position, token_BM, came_from_BM = now
-        lived_BP = position < length_BP - 1
-        token_BP = tf.gather(token_BM, at_BP, batch_dims=1)
-        token_BP = tf.where(lived_BP, token_BP, end_id)
+    def step_back(carry, entry):
+        _, beam_BP = carry
+        position, token_BM, parent_BM = entry
+        is_inner_BP = position < length_BP - 1
+        token_BP = tf.gather(token_BM, beam_BP, batch_dims=1)
+        token_BP = tf.where(is_inner_BP, token_BP, end_id)
         token_BP = tf.where(position < length_BP, token_BP, special_ids.PAD)
-        before_BP = tf.gather(came_from_BM, at_BP, batch_dims=1)
-        return token_BP, tf.where(lived_BP, before_BP, at_BP)
+        before_BP = tf.gather(parent_BM, beam_BP, batch_dims=1)
+        return token_BP, tf.where(is_inner_BP, before_BP, beam_BP)
 
-    token_IBP, slot_IBP = tf.scan(
-        back,
-        (written_I, token_IBM, came_from_IBM),
-        initializer=(tf.zeros_like(slot_BP), slot_BP),
+    token_IBP, beam_IBP = tf.scan(
+        step_back,
+        (position_I, token_IBM, parent_IBM),
+        initializer=(tf.zeros_like(parent_BP), parent_BP),
         reverse=True,
     )
     longest = tf.reduce_max(tf.concat([[0], tf.reshape(length_BP, [-1])], 0))
@@ -83,7 +100,7 @@ def trace(history, num_positions, length_BP, slot_BP, end_id):
     if history.attention == ():
         return token_BPI, None
     attention_IBPS = tf.gather(
-        history.attention.gather(written_I), slot_IBP, batch_dims=2
+        history.attention.gather(position_I), beam_IBP, batch_dims=2
     )
     attention_BPIS = tf.where(
         tf.sequence_mask(length_BP, longest)[..., None],

@@ -1,176 +1,183 @@
-"""Drawing translations token by token over a step function, and greedily."""
+"""Sampling of translations token by token, and greedy decoding."""
 
 import math
 import typing
+from collections.abc import Sequence
 
 import tensorflow as tf
 
 from moe_tf import checks
-from moe_tf import special_ids
-from moe_tf.decoding import allowed_ids
 from moe_tf.decoding import back_pointers
 from moe_tf.decoding import beams
-from moe_tf.decoding import hypotheses
+from moe_tf.decoding import loop
+from moe_tf.decoding.allowed_ids import forbid_ids
+from moe_tf.decoding.hypotheses import Hypotheses
+from moe_tf.types import Nest
+from moe_tf.types import Tensor
 
 
-def sample(
-    step,
-    memory,
-    states,
+def sample_hypotheses(
+    step: loop.Step,
+    memory: Nest,
+    states: Nest,
     *,
-    start_id,
-    end_id,
-    max_length_B,
-    temperature=1.0,
-    seed=0,
-    num_samples=1,
-    forbidden_ids=(),
-    return_attention=False,
-):
+    start_id: int,
+    end_id: int,
+    max_length_B: Tensor,
+    temperature: float = 1.0,
+    seed: int | Tensor = 0,
+    num_samples: int = 1,
+    forbidden_ids: Sequence[int] = (),
+    return_attention: bool = False,
+) -> Hypotheses:
     """Draws `num_samples` translations of each sentence.
 
-    The graph of one loop, as `beam_search.search`, whose arguments these are
-    where the names are the same. There too `end_id` is all that may follow at
-    the last position; a sentence of `max_length_B` 0 gets no hypothesis.
+    At the last position, `max_length_B`, `end_id` is the only token allowed. A
+    sentence of `max_length_B` 0 gets no hypothesis.
 
-    What is drawn depends on `seed`, the row of the sentence (unless `seed` has
-    one for each), the number of the sample and the position, and on nothing
-    else of the batch.
+    The draws of a sentence depend on `seed`, its row in the batch (unless
+    `seed` has an entry for each row), the number of the sample and the
+    position. They do not depend on the other sentences.
+
+    Example:
+
+    >>> def step(tokens, states, memory):  # Each id is followed by the next.
+    ...     return tf.one_hot(tokens + 1, 6, 9.0, 0.0), states, None
+    >>> hypotheses = moe_tf.decoding.sample_hypotheses(
+    ...     step, (), (), start_id=2, end_id=5, max_length_B=[8],
+    ...     temperature=0.0,
+    ... )
+    >>> hypotheses.tokens_BMI[0, 0].numpy()
+    array([3, 4, 5], dtype=int32)
 
     Args:
+        step: function, see `loop.decode`.
+        memory: nested tensors `(B, ...)`, see `loop.decode`.
+        states: nested tensors `(B, ...)`, see `loop.decode`.
+        start_id: int, the token fed first.
+        end_id: int, the token that ends a hypothesis.
+        max_length_B: int `(B,)`, upper limit of each sentence's tokens,
+            `end_id` included.
         temperature: float, divides the logits; 0 takes the likeliest token,
             of equal ones that of the smallest id. Defaults to `1.0`.
-        seed: int, or ints `(B,)`, one for each sentence: then a sentence's
-            place in the batch does not matter either. Defaults to `0`.
+        seed: int, or ints `(B,)`, one for each sentence: then the draws do not
+            depend on the sentence's row either. Defaults to `0`.
         num_samples: int, `M`. Defaults to `1`.
+        forbidden_ids: ids never to be written, such as padding and unknown.
+            Log-probabilities are still those of the model.
+        return_attention: bool. Defaults to `False`.
 
     Returns:
-        `hypotheses.Hypotheses` in the order of the draws. Scores are the
+        `Hypotheses` in the order of the draws. Scores are the
         log-probabilities, which are those of the model at temperature 1.
 
     Raises:
-        ValueError, tf.errors.InvalidArgumentError: as `beam_search.search`.
+        ValueError: a setting is out of its range, or the step returns a value
+            that `loop.decode` refuses.
+        tf.errors.InvalidArgumentError: a length is negative, all allowed ids
+            have probability 0, or a live hypothesis gets logits with NaN or
+            infinity, or all `-inf`.
     """
     checks.not_negative("temperature", temperature)
     checks.at_least("num_samples", num_samples, 1)
-    max_length_B, most = beams.most_positions(max_length_B)
-    memory, states = (
-        beams.repeated(tree, num_samples, tf.size(max_length_B))
-        for tree in (memory, states)
-    )
-    checked = beams.Step(step, memory, states, return_attention)
-    uniform_BIM = None
-    if temperature:
-        uniform_BIM = _uniform(seed, max_length_B, most, num_samples)
+    max_length_B = loop.check_max_length(max_length_B)
     settings = _Settings(
-        end_id, temperature, num_samples, tuple(forbidden_ids), return_attention
+        start_id,
+        end_id,
+        temperature,
+        seed,
+        num_samples,
+        tuple(forbidden_ids),
+        return_attention,
     )
-    run = _Sampling(settings, checked, max_length_B, uniform_BIM)
-    return run(start_id, states, most)
+    strategy = Sampling(settings, max_length_B)
+    return loop.decode(step, memory, states, strategy)
 
 
 class _Settings(typing.NamedTuple):
+    start_id: int
     end_id: int
     temperature: float
+    seed: int | Tensor
     num_samples: int
     forbidden_ids: tuple
     return_attention: bool
 
 
-class _Drawn(typing.NamedTuple):
-    """What has been drawn for each row, and whether it goes on."""
+class _State(typing.NamedTuple):
+    """Lengths and log-probabilities of the samples so far."""
 
-    token_N: typing.Any
-    live_N: typing.Any
-    length_N: typing.Any
-    log_probability_N: typing.Any
+    length_BM: Tensor
+    log_probability_BM: Tensor
 
 
-class _Sampling:
-    """The loop over positions."""
+class Sampling(loop.DecodingStrategy):
+    """Strategy that draws each token; see `sample_hypotheses`."""
 
-    def __init__(self, settings, step, max_length_B, uniform_BIM):
+    def __init__(self, settings: _Settings, max_length_B: Tensor):
+        self.num_beams = settings.num_samples
+        self.max_length_B = max_length_B
+        self.keeps_attention = settings.return_attention
         self._settings = settings
-        self._step = step
-        self._max_length_N = tf.repeat(max_length_B, settings.num_samples)
-        self._uniform_BIM = uniform_BIM
+        self._uniform_BIM = None
+        if settings.temperature:
+            self._uniform_BIM = _draw_uniform(
+                settings.seed, max_length_B, settings.num_samples
+            )
 
-    def __call__(self, start_id, states, most):
-        settings = self._settings
-        zero_N = tf.zeros_like(self._max_length_N)
-        drawn = _Drawn(
-            zero_N + start_id,
-            self._max_length_N > 0,
-            zero_N,
-            tf.zeros_like(zero_N, tf.float32),
+    def initialize(self) -> loop.Beams:
+        zero_BM = tf.tile(
+            tf.zeros_like(self.max_length_B)[:, None], [1, self.num_beams]
         )
-        history = back_pointers.empty(most, settings.return_attention)
+        return loop.Beams(
+            zero_BM + self._settings.start_id,
+            zero_BM < self.max_length_B[:, None],
+            _State(zero_BM, tf.zeros_like(zero_BM, tf.float32)),
+        )
 
-        def goes_on(position, drawn, states, history):
-            # The first step runs anyway, so that no array stays empty.
-            return (position == 0) | tf.reduce_any(drawn.live_N)
+    def step(
+        self, position: Tensor, before: loop.Beams, prediction: loop.Prediction
+    ) -> tuple[loop.Beams, None]:
+        live_BM, state = before.live_BM, before.state
+        live_N = beams.flatten_beams(live_BM)
+        is_last_N = tf.repeat(position + 1 >= self.max_length_B, self.num_beams)
+        logits_NV = tf.where(live_N[:, None], prediction.logits_NV, 0.0)
+        token_N = self._choose(logits_NV, position, is_last_N)
+        token_N = tf.where(is_last_N, self._settings.end_id, token_N)
+        value_N = tf.gather(logits_NV, token_N, batch_dims=1)
+        token_BM, value_BM = (
+            beams.unflatten_beams(x_N, self.num_beams)
+            for x_N in (token_N, value_N - prediction.logsumexp_N)
+        )
+        state = _State(
+            state.length_BM + tf.cast(live_BM, tf.int32),
+            state.log_probability_BM + tf.where(live_BM, value_BM, 0.0),
+        )
+        live_BM &= token_BM != self._settings.end_id
+        return loop.Beams(token_BM, live_BM, state), None
 
-        free = tf.TensorShape(None)
-        shapes = (
-            tf.TensorShape([]),
-            beams.any_number_of_rows(drawn),
-            beams.any_number_of_rows(states),
-            tf.nest.map_structure(lambda array: free, history),
-        )
-        loop = (tf.constant(0), drawn, states, history)
-        position, drawn, _, history = tf.while_loop(
-            goes_on, self._advance, loop, shapes
-        )
-        length_BM, value_BM = (
-            beams.by_sentence(x_N, settings.num_samples)
-            for x_N in (drawn.length_N, drawn.log_probability_N)
-        )
-        value_BM = tf.where(length_BM > 0, value_BM, -math.inf)
+    def finalize(
+        self, state: Nest, history: back_pointers.History, num_positions: Tensor
+    ) -> Hypotheses:
+        length_BM = state.length_BM
+        value_BM = tf.where(length_BM > 0, state.log_probability_BM, -math.inf)
         tokens_BMI, attention_BMIS = back_pointers.trace(
             history,
-            position,
+            num_positions,
             length_BM,
-            self._own_slot(length_BM),
-            settings.end_id,
+            loop.own_beams(length_BM),
+            self._settings.end_id,
         )
-        return hypotheses.Hypotheses(
+        return Hypotheses(
             tokens_BMI, length_BM, value_BM, value_BM, attention_BMIS
         )
 
-    def _advance(self, position, drawn, states, history):
-        settings = self._settings
-        live_N = drawn.live_N
-        logits_NV, total_N, states, attention_NS = self._step(
-            tf.where(live_N, drawn.token_N, special_ids.PAD),
-            states,
-            live_N,
-            position,
-        )
-        logits_NV = tf.where(live_N[:, None], logits_NV, 0.0)
-        is_last_N = position + 1 >= self._max_length_N
-        token_N = self._choose(logits_NV, position, is_last_N)
-        token_N = tf.where(is_last_N, settings.end_id, token_N)
-        value_N = tf.gather(logits_NV, token_N, batch_dims=1) - total_N
-        token_BM = beams.by_sentence(token_N, settings.num_samples)
-        if attention_NS is not None:
-            attention_NS = beams.by_sentence(attention_NS, settings.num_samples)
-        history = back_pointers.append(
-            history, position, token_BM, self._own_slot(token_BM), attention_NS
-        )
-        drawn = _Drawn(
-            token_N,
-            live_N & (token_N != settings.end_id),
-            drawn.length_N + tf.cast(live_N, tf.int32),
-            drawn.log_probability_N + tf.where(live_N, value_N, 0.0),
-        )
-        return position + 1, drawn, states, history
-
     def _choose(self, logits_NV, position, is_last_N):
+        """Draws a token for each row, int32 `(N,)`."""
         settings = self._settings
-        allowed_V = allowed_ids.mask(
-            logits_NV.shape[1], settings.forbidden_ids, settings.end_id
+        logits_NV = forbid_ids(
+            logits_NV, settings.forbidden_ids, settings.end_id
         )
-        logits_NV = tf.where(allowed_V, logits_NV, -math.inf)
         best_N1, token_N1 = tf.math.top_k(logits_NV, 1)
         tf.debugging.Assert(
             tf.reduce_all((best_N1[:, 0] > -math.inf) | is_last_N),
@@ -181,18 +188,15 @@ class _Sampling:
         )
         if not settings.temperature:
             return token_N1[:, 0]
-        wide_NV = tf.cast(logits_NV - best_N1, tf.float64)
-        return draw(
-            tf.exp(wide_NV / settings.temperature),
+        difference_NV = tf.cast(logits_NV - best_N1, tf.float64)
+        return draw_ids(
+            tf.exp(difference_NV / settings.temperature),
             tf.reshape(self._uniform_BIM[:, position], [-1]),
         )
 
-    def _own_slot(self, x_BM):
-        return tf.zeros_like(x_BM, tf.int32) + tf.range(x_BM.shape[1])
 
-
-def draw(weight_NV, uniform_N):
-    """An id of each row, in proportion to its weight: the inverse CDF.
+def draw_ids(weight_NV: Tensor, uniform_N: Tensor) -> Tensor:
+    """Draws an id of each row in proportion to its weight, by inverse CDF.
 
     Args:
         weight_NV: float64, at least 0, some of each row above.
@@ -209,8 +213,8 @@ def draw(weight_NV, uniform_N):
     return tf.minimum(index_N1, last_N1)[:, 0]
 
 
-def _uniform(seed, max_length_B, num_positions, num_samples):
-    """Float64 `(B, I, M)` in [0, 1), of each sentence by its own seed."""
+def _draw_uniform(seed, max_length_B, num_samples):
+    """Draws float64 `(B, I, M)` in [0, 1), each sentence by its own seed."""
     seed = tf.convert_to_tensor(seed)
     if seed.shape.rank not in (0, 1) or not seed.dtype.is_integer:
         raise ValueError(
@@ -223,15 +227,16 @@ def _uniform(seed, max_length_B, num_positions, num_samples):
         seed_B2 = tf.stack([tf.zeros_like(row_B) + seed, row_B], axis=1)
     else:
         seed_B2 = tf.stack([seed, tf.zeros_like(row_B)], axis=1)
+    num_positions = tf.reduce_max(tf.concat([[1], max_length_B], axis=0))
 
     # By position first: the longest of the batch then changes no draw.
-    def one(seed_2):
+    def draw_sentence(seed_2):
         return tf.random.stateless_uniform(
             [num_positions, num_samples], seed_2, dtype=tf.float64
         )
 
     return tf.map_fn(
-        one,
+        draw_sentence,
         seed_B2,
         fn_output_signature=tf.TensorSpec([None, num_samples], tf.float64),
     )

@@ -8,17 +8,23 @@ from moe_tf import checks
 
 
 class CorpusScores(typing.NamedTuple):
-    """Scores of a corpus, 0 to 100, and how they were computed.
+    """Scores of a corpus, 0 to 100, with their signatures.
+
+    Example:
+
+    >>> scores = moe_tf.evaluation.CorpusScores(40.1, 60.2, "case:lc", "nc:6")
+    >>> scores.bleu, scores.bleu_interval
+    (40.1, None)
 
     Attributes:
         bleu: float.
         chrf: float, chrF2.
-        bleu_signature: what else decides about the score, in sacrebleu's
-            words; to be reported beside it.
-        chrf_signature: likewise.
-        bleu_interval: `(low, high)`, 95 % by bootstrap; `None` unless asked
-            for.
-        chrf_interval: likewise.
+        bleu_signature: sacrebleu's signature, the settings that the score
+            depends on; to be reported beside the score.
+        chrf_signature: likewise for chrF.
+        bleu_interval: 95 % confidence interval `(low, high)` by bootstrap;
+            `None` unless asked for.
+        chrf_interval: likewise for chrF.
     """
 
     bleu: float
@@ -36,6 +42,14 @@ def corpus_scores(
     num_resamples: int = 0,
 ) -> CorpusScores:
     """Scores a corpus against one reference a sentence.
+
+    Example:
+
+    >>> scores = moe_tf.evaluation.corpus_scores(
+    ...     ["the cat sat on the mat"], ["the cat sat on a mat"]
+    ... )
+    >>> round(scores.bleu, 1), round(scores.chrf, 1)
+    (53.7, 72.1)
 
     Args:
         translations: detokenised text, or tokenised with `tokenize="none"`.
@@ -87,9 +101,9 @@ def corpus_scores(
 
 
 def _interval(score, signature):
-    """Mean and half width of the bootstrap, as sacrebleu's JSON has them."""
-    written = json.loads(score.format(6, signature=signature, is_json=True))
+    """Reads the bootstrap's confidence interval from sacrebleu's JSON."""
+    fields = json.loads(score.format(6, signature=signature, is_json=True))
     # Absent where every resampled corpus scores 0.
-    mean = written.get("confidence_mean", 0.0)
-    half = written.get("confidence_var", 0.0)
+    mean = fields.get("confidence_mean", 0.0)
+    half = fields.get("confidence_var", 0.0)
     return mean - half, mean + half

@@ -25,47 +25,83 @@ tr.all { border-top: 1px solid #888; }
 """
 
 
-def as_text(
+def expert_words_as_text(
     layers: Mapping[str, ExpertWords], experts: Mapping[str, Sequence[int]]
 ) -> str:
-    """The chosen experts of each layer, the routed token in `**bold**`.
+    """Formats the examples of chosen experts as text.
 
-    Breaks between pieces show as spaces.
+    The routed token is in `**bold**`; pieces are separated by spaces.
+
+    Example:
+
+    >>> words = moe_tf.evaluation.ExpertWords(num_experts=2, context=1)
+    >>> words.add(
+    ...     [["the", "cat", "sat"]],
+    ...     weight_TK=np.array([[0.9], [0.8], [0.6]]),
+    ...     expert_TK=np.array([[0], [1], [1]]),
+    ... )
+    >>> print(moe_tf.evaluation.expert_words_as_text(
+    ...     {"moe": words}, {"moe": [0]}
+    ... ).strip())
+    moe, expert 0: 1 tokens, 39.13 % of gate values
+        0.900  **the** cat
 
     Args:
         layers: `ExpertWords` by the name of the layer.
-        experts: for each of these names, which experts to show.
+        experts: for each of these names, the experts to show.
 
     Raises:
         ValueError: an expert is not one of the layer's.
     """
     lines = []
     for name, words in layers.items():
-        _check(name, words, experts[name])
-        shares = words.language_shares()
+        _check_experts(name, words, experts[name])
+        fractions = words.language_fractions()
         for expert in experts[name]:
             lines.append(f"{name}, expert {expert}: {_summary(words, expert)}")
             if words.languages:
-                lines.append(f"    {_shares(words.languages, shares[expert])}")
+                own = _format_fractions(words.languages, fractions[expert])
+                lines.append(f"    {own}")
             for example in words.examples(expert):
-                parts = _shown(example, lambda piece: piece, "**", "**")
+                parts = _format_example(
+                    example, lambda piece: piece, "**", "**"
+                )
                 lines.append(f"    {example.weight:.3f}  {parts}")
             lines.append("")
         if words.languages:
-            all_shares = _shares(words.languages, shares[-1])
-            lines += [f"{name}, all experts: {all_shares}", ""]
+            all_fractions = _format_fractions(words.languages, fractions[-1])
+            lines += [f"{name}, all experts: {all_fractions}", ""]
     return "\n".join(lines)
 
 
-def as_html(
+def expert_words_as_html(
     layers: Mapping[str, ExpertWords],
     experts: Mapping[str, Sequence[int]],
     title: str = "What each expert is for",
 ) -> str:
-    """The same as a page that needs no other file."""
+    """Formats the examples of chosen experts as an HTML page of one file.
+
+    Example:
+
+    >>> words = moe_tf.evaluation.ExpertWords(num_experts=2)
+    >>> words.add([["cat"]], np.array([[0.9]]), np.array([[0]]))
+    >>> page = moe_tf.evaluation.expert_words_as_html(
+    ...     {"moe": words}, {"moe": [0]}
+    ... )
+    >>> "<b>cat</b>" in page
+    True
+
+    Args:
+        layers: `ExpertWords` by the name of the layer.
+        experts: for each of these names, the experts to show.
+        title: str.
+
+    Raises:
+        ValueError: an expert is not one of the layer's.
+    """
     sections = []
     for name, words in layers.items():
-        _check(name, words, experts[name])
+        _check_experts(name, words, experts[name])
         cards = "\n".join(_card(words, expert) for expert in experts[name])
         sections.append(
             f"<h2>{html.escape(name)}</h2>\n"
@@ -82,7 +118,7 @@ def as_html(
     )
 
 
-def _check(name, words, experts):
+def _check_experts(name, words, experts):
     for expert in experts:
         if not 0 <= expert < words.num_experts:
             raise ValueError(
@@ -92,28 +128,32 @@ def _check(name, words, experts):
 
 
 def _card(words, expert):
-    rows = "\n".join(
-        f'<tr><td class="number weight">{example.weight:.3f}</td>'
-        f'<td dir="auto">{_shown(example, html.escape, "<b>", "</b>")}</td>'
-        "</tr>"
-        for example in words.examples(expert)
-    )
+    rows = "\n".join(map(_card_row, words.examples(expert)))
     return (
         f'<div class="expert">\n<h3>Expert {expert}</h3>\n'
         f"<p>{_summary(words, expert)}</p>\n<table>\n{rows}\n</table>\n</div>"
     )
 
 
+def _card_row(example):
+    text = _format_example(example, html.escape, "<b>", "</b>")
+    return (
+        f'<tr><td class="number weight">{example.weight:.3f}</td>'
+        f'<td dir="auto">{text}</td></tr>'
+    )
+
+
 def _language_table(words, experts):
-    shares = words.language_shares()
+    fractions = words.language_fractions()
     head = "".join(
         f'<th class="number">{html.escape(language)}</th>'
         for language in words.languages
     )
     rows = [
-        _language_row(f"Expert {expert}", shares[expert]) for expert in experts
+        _language_row(f"Expert {expert}", fractions[expert])
+        for expert in experts
     ]
-    rows.append(_language_row("All experts", shares[-1], ' class="all"'))
+    rows.append(_language_row("All experts", fractions[-1], ' class="all"'))
     lines = "\n".join(rows)
     return (
         "<h3>Share of each language in the gate values, %</h3>\n"
@@ -121,29 +161,30 @@ def _language_table(words, experts):
     )
 
 
-def _language_row(name, shares, attributes=""):
+def _language_row(name, fractions, attributes=""):
     cells = "".join(
         f'<td class="number" style="background: rgba(30, 110, 200, '
-        f'{0.6 * share:.3f})">{100 * share:.1f}</td>'
-        for share in shares
+        f'{0.6 * fraction:.3f})">{100 * fraction:.1f}</td>'
+        for fraction in fractions
     )
     return f"<tr{attributes}><th>{name}</th>{cells}</tr>"
 
 
 def _summary(words, expert):
     total = words.importance_E.sum()
-    share = words.importance_E[expert] / total if total else 0.0
-    return (
-        f"{words.tokens_E[expert]:,} tokens, {100 * share:.2f} % of gate values"
+    fraction = words.importance_E[expert] / total if total else 0.0
+    num_tokens = words.tokens_E[expert]
+    return f"{num_tokens:,} tokens, {100 * fraction:.2f} % of gate values"
+
+
+def _format_fractions(languages, fractions):
+    order = np.argsort(-fractions, kind="stable")
+    return ", ".join(
+        f"{languages[i]} {100 * fractions[i]:.1f} %" for i in order
     )
 
 
-def _shares(languages, shares):
-    order = np.argsort(-shares, kind="stable")
-    return ", ".join(f"{languages[i]} {100 * shares[i]:.1f} %" for i in order)
-
-
-def _shown(example, escape, start, end):
+def _format_example(example, escape, start, end):
     """A token in its context, pieces separated by spaces."""
     piece = f"{start}{escape(_plain(example.piece))}{end}"
     before, after = (

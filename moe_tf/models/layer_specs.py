@@ -84,8 +84,8 @@ class Experts:
             )
 
     @property
-    def experts_per_word(self):
-        """Experts that compute each word: `k`, or `k * k` on two levels."""
+    def experts_per_word(self) -> int:
+        """Number of experts of each word: `k`, or `k * k` on two levels."""
         return self.k if self.branching is None else self.k**2
 
 

@@ -16,7 +16,7 @@ def table_search(table_VV, max_length_B, **settings):
     """Searches where the last token alone decides about the next."""
     logits_VV = tf.constant(table_VV, tf.float32)
     settings = {"coverage_penalty": 0.0, "forbidden_ids": (), **settings}
-    return beam_search.search(
+    return beam_search.search_beams(
         lambda tokens_N, states, memory: (
             tf.gather(logits_VV, tokens_N),
             states,
@@ -142,11 +142,11 @@ def test_stops_when_no_live_hypothesis_can_win_and_feeds_padding_before():
         "length_penalty": 0.0,
     }
     step = CountingStep(rows)
-    beam_search.search(step, (), (), max_length_B=[50, 0], **arguments)
+    beam_search.search_beams(step, (), (), max_length_B=[50, 0], **arguments)
     # log(0.1) is below log(0.9): nothing that goes on can win.
     assert step.fed == [[START, PAD, PAD, PAD]]
     step = CountingStep(rows)
-    beam_search.search(
+    beam_search.search_beams(
         step, (), (), max_length_B=[50, 3], **{**arguments, "num_best": 2},
         pruning=4.0,
     )  # fmt: skip
@@ -174,7 +174,7 @@ def test_attention_that_underflows_leaves_the_score_finite():
         attention_NS = tf.one_hot(tf.zeros_like(tokens_N), 3)
         return tf.zeros((tf.size(tokens_N), 6)), states, attention_NS
 
-    found = beam_search.search(
+    found = beam_search.search_beams(
         step, (), (), tf.constant([[True, True, False]]), beam_size=2,
         start_id=START, end_id=END, max_length_B=[1], length_penalty=0.0,
     )  # fmt: skip
@@ -216,13 +216,13 @@ def test_refuses(settings, message):
         **settings,
     }
     with pytest.raises(ValueError, match=message):
-        beam_search.search(step, **arguments)
+        beam_search.search_beams(step, **arguments)
 
 
 def test_refuses_lengths_and_rows_that_do_not_fit():
     arguments = {"start_id": START, "end_id": END, "coverage_penalty": 0.0}
     with pytest.raises(tf.errors.InvalidArgumentError, match="one row for"):
-        beam_search.search(
+        beam_search.search_beams(
             None, tf.zeros((2, 3)), (), beam_size=1, max_length_B=[3],
             **arguments,
         )  # fmt: skip

@@ -29,7 +29,7 @@ def compiled(seed=0, sharpness=3.0, **settings):
     )
     def run(source_BS, max_length_B):
         memory = translator.encode(source_BS)
-        return beam_search.search(
+        return beam_search.search_beams(
             translator.step,
             memory,
             translator.initial_states(memory),
@@ -133,7 +133,7 @@ def test_matches_one_hypothesis_at_a_time_with_many_words():
     source_BS = tiny_translator.sources(2, 4, 1000)
     memory = translator.encode(source_BS)
     settings = {"beam_size": 3, "num_best": 3, "forbidden_ids": FORBIDDEN}
-    found = beam_search.search(
+    found = beam_search.search_beams(
         translator.step, memory, translator.initial_states(memory),
         memory["mask"], start_id=START, end_id=END, max_length_B=[5, 5],
         **settings,
@@ -180,7 +180,7 @@ def test_a_beam_of_one_without_pruning_is_greedy():
     lengths = np.full(20, 9)
     found = run(source_BS, lengths)
     memory = translator.encode(source_BS)
-    greedy = sampling.sample(
+    greedy = sampling.sample_hypotheses(
         translator.step,
         memory,
         translator.initial_states(memory),

@@ -32,7 +32,7 @@ def sample(step=chain_step, **kwargs):
         "max_length": 20,
         "seed": 0,
     }
-    return language_model.sample(step, **{**arguments, **kwargs})
+    return language_model.sample_text(step, **{**arguments, **kwargs})
 
 
 def test_greedy_takes_the_likeliest_and_stops():

@@ -38,7 +38,7 @@ def draws(max_length=1, step=chain_step, **settings):
         "end_id": END,
         **settings,
     }
-    found = sampling.sample(step, (), (), **settings)
+    found = sampling.sample_hypotheses(step, (), (), **settings)
     return found.tokens_BMI[0].numpy(), found.log_probabilities_BM[0].numpy()
 
 
@@ -50,7 +50,7 @@ def compiled(**settings):
     @tf.function(reduce_retracing=True)
     def run(source_BS, max_length_B, seed):
         memory = translator.encode(source_BS)
-        return sampling.sample(
+        return sampling.sample_hypotheses(
             translator.step,
             memory,
             translator.initial_states(memory),
@@ -175,7 +175,7 @@ def test_one_seed_gives_equal_sentences_different_draws():
 def test_never_draws_a_weight_of_zero():
     weight_NV = np.array([[0.0, 1.0, 0.0, 2.0, 0.0]] * 4)
     uniform_N = np.array([0.0, 1 / 3, 1 - 2**-53, 0.2])
-    got = sampling.draw(tf.constant(weight_NV), uniform_N)
+    got = sampling.draw_ids(tf.constant(weight_NV), uniform_N)
     assert got.numpy().tolist() == [1, 3, 3, 1]
 
 

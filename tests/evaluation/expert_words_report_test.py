@@ -46,7 +46,7 @@ class Page(html.parser.HTMLParser):
 
 
 def test_text():
-    text = report.as_text(layers(), {"encoder_moe": [0, 1]})
+    text = report.expert_words_as_text(layers(), {"encoder_moe": [0, 1]})
     assert text.splitlines() == [
         "encoder_moe, expert 0: 1 tokens, 36.00 % of gate values",
         "    en 100.0 %, de 0.0 %",
@@ -62,7 +62,9 @@ def test_text():
 
 
 def test_page_shows_the_same_escaped():
-    text = report.as_html(layers(), {"encoder_moe": [1, 0]}, title="A & B")
+    text = report.expert_words_as_html(
+        layers(), {"encoder_moe": [1, 0]}, title="A & B"
+    )
     page = Page(text)
     assert page.bold == ["\u2581", "a<b>", "swift"]
     assert page.cells == [
@@ -76,19 +78,24 @@ def test_page_shows_the_same_escaped():
 
 def test_without_languages_there_is_no_table_of_them():
     made = layers(languages=None)
-    assert "%," not in report.as_text(made, {"encoder_moe": [0]})
-    page = Page(report.as_html(made, {"encoder_moe": [0]}))
+    assert "%," not in report.expert_words_as_text(made, {"encoder_moe": [0]})
+    page = Page(report.expert_words_as_html(made, {"encoder_moe": [0]}))
     assert page.cells == ["0.900", "to swift ly"]
 
 
 def test_experts_without_tokens_and_layers_without_any():
     words = expert_words.ExpertWords(2)
-    text = report.as_text({"moe": words}, {"moe": [1]})
+    text = report.expert_words_as_text({"moe": words}, {"moe": [1]})
     assert text == "moe, expert 1: 0 tokens, 0.00 % of gate values\n"
-    assert Page(report.as_html({"moe": words}, {"moe": [1]})).cells == []
+    assert (
+        Page(report.expert_words_as_html({"moe": words}, {"moe": [1]})).cells
+        == []
+    )
 
 
-@pytest.mark.parametrize("show", [report.as_text, report.as_html])
+@pytest.mark.parametrize(
+    "show", [report.expert_words_as_text, report.expert_words_as_html]
+)
 @pytest.mark.parametrize("expert", [-1, 2])
 def test_refuses_experts_that_are_not_there(show, expert):
     with pytest.raises(ValueError, match="`experts` of encoder_moe must"):

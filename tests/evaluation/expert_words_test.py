@@ -86,7 +86,9 @@ def test_parts_give_what_the_whole_gives_and_the_best_of_all():
             want = [(own_TK[token].max(), flat[token]) for token in best]
             assert got == want
     np.testing.assert_allclose(whole.importance_E, parts.importance_E)
-    np.testing.assert_allclose(whole.language_shares(), parts.language_shares())
+    np.testing.assert_allclose(
+        whole.language_fractions(), parts.language_fractions()
+    )
     np.testing.assert_allclose(whole.peakedness(), parts.peakedness())
 
 
@@ -104,7 +106,7 @@ def test_shares_of_languages_are_those_of_the_gate_values():
     assert words.languages == ["de", "en"]
     german = 8 + 9 + 10
     np.testing.assert_allclose(
-        words.language_shares(),
+        words.language_fractions(),
         [
             [0, 1],
             [german / 42, 15 / 42],
@@ -112,7 +114,7 @@ def test_shares_of_languages_are_those_of_the_gate_values():
             [german / 117, (75 + 15) / 117],
         ],
     )
-    assert simple().language_shares().shape == (4, 0)
+    assert simple().language_fractions().shape == (4, 0)
 
 
 def test_peakedness_is_the_chance_of_drawing_a_piece_twice():
@@ -185,5 +187,5 @@ def test_refuses_settings():
             simple(**{field: -1})
     with pytest.raises(ValueError, match="`by` must"):
         simple().choose(1, by="load")
-    with pytest.raises(ValueError, match="`number` must"):
+    with pytest.raises(ValueError, match="`count` must"):
         simple().choose(0)

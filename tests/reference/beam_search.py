@@ -11,7 +11,7 @@ import typing
 import numpy as np
 
 
-class Found(typing.NamedTuple):
+class Hypothesis(typing.NamedTuple):
     score: float
     tokens: tuple
     log_probability: float
@@ -39,7 +39,7 @@ def search(
     num_best=1,
     forbidden_ids=(),
 ):
-    """What `beam_search.search` says it does, without stopping early."""
+    """Does what `search_beams` documents, without stopping early."""
     live, finished = [((), 0.0)], []
     for position in range(max_length):
         offers = []
@@ -57,7 +57,7 @@ def search(
             if i == end_id:
                 tokens = (*live[rank][0], end_id)
                 finished.append(
-                    Found(
+                    Hypothesis(
                         score(value, attention, alpha, beta),
                         tokens,
                         value,
@@ -85,7 +85,7 @@ def exhaustive(continuations, end_id, words, max_length, alpha, beta):
                 log_V, attention = continuations(prefix[:i])
                 value += log_V[token]
             total = score(value, attention, alpha, beta)
-            found.append(Found(total, tokens, value, attention))
+            found.append(Hypothesis(total, tokens, value, attention))
     return sorted(found, key=lambda one: -one.score)
 
 

@@ -1,4 +1,4 @@
-"""What `fit` minimises when a language model trains."""
+"""The model that `fit` trains for a language model, and its loss."""
 
 import keras
 from keras import ops
@@ -6,21 +6,22 @@ from keras import ops
 from moe_tf import sharding
 from moe_tf.metrics import Perplexity
 from moe_tf.metrics import WordCount
+from moe_tf.models.language.model import LanguageModel
 
 
 @keras.saving.register_keras_serializable(package="moe_tf")
 class MeanOverWords(keras.losses.Loss):
-    """Mean of predictions that are losses already, weighted by word.
+    """Mean over words of a scorer's predictions, which are losses already.
 
-    `y_true` is not looked at. With `sample_weight` 1 for words and 0 for
-    padding it is the mean over the words of the batch, 0 if there are none.
+    `y_true` is ignored. With `sample_weight` 1 for words and 0 for padding
+    the loss is the mean over the words of the batch, 0 if there are none.
     """
 
     def __init__(
         self,
-        name="mean_over_words",
-        reduction="mean_with_sample_weight",
-        dtype=None,
+        name: str = "mean_over_words",
+        reduction: str = "mean_with_sample_weight",
+        dtype: str | None = None,
     ):
         super().__init__(name=name, reduction=reduction, dtype=dtype)
 
@@ -30,16 +31,27 @@ class MeanOverWords(keras.losses.Loss):
 
 @keras.saving.register_keras_serializable(package="moe_tf")
 class NextWordScorer(keras.Model):
-    """Scores given next words, without all logits standing in memory.
+    """Scores given next words without keeping all logits in memory.
 
-    In training with the language model's `num_sampled`, the score is the
-    importance-sampled one; its perplexity is then below the true one,
-    which `evaluate` gives.
+    If the language model has `num_sampled`, the score in training is the
+    importance-sampled one. The perplexity in training is then below the true
+    perplexity, which `evaluate` gives.
 
-        scorer = NextWordScorer(LanguageModel("MoE-32", 10_000))
-        scorer.compile_for_words(keras.optimizers.Adam(1e-3))
-        scorer.fit(x={"tokens": ..., "targets": ...}, y=targets,
-                   sample_weight=weights)
+    Example:
+
+    >>> model = moe_tf.models.LanguageModel(
+    ...     "MoE-4", 50, width=8, moe={"k": 2}
+    ... )
+    >>> scorer = moe_tf.models.NextWordScorer(model)
+    >>> scorer.compile_for_words(keras.optimizers.Adam(1e-3))
+    >>> tokens = np.array([[2, 17, 5], [2, 44, 0]])
+    >>> targets = np.array([[17, 5, 3], [44, 3, 0]])
+    >>> history = scorer.fit(
+    ...     {"tokens": tokens, "targets": targets}, targets,
+    ...     sample_weight=(targets != 0).astype("float32"), verbose=0,
+    ... )
+    >>> history.history["words"]
+    [5.0]
 
     Args:
         language_model: `LanguageModel`, shared, not copied.
@@ -54,7 +66,7 @@ class NextWordScorer(keras.Model):
         padding included.
     """
 
-    def __init__(self, language_model, **kwargs):
+    def __init__(self, language_model: LanguageModel, **kwargs):
         super().__init__(**kwargs)
         self.language_model = language_model
 
@@ -66,15 +78,17 @@ class NextWordScorer(keras.Model):
     def call(self, inputs, training=False):
         model, targets = self.language_model, inputs["targets"]
         if sharding.axes() is not None and None in targets.shape:
-            # Keras asks what comes out before there is data. Programs on a
-            # mesh are of sizes that are known.
+            # Keras asks for the output's shape before there is data. Programs
+            # on a mesh have known sizes.
             spec = model.softmax.compute_output_spec(None, targets)
             return ops.zeros(ops.shape(targets), spec.dtype)
         features_BLD = model.features(inputs["tokens"], training=training)
         return model.softmax(features_BLD, targets, training=training)
 
-    def compile_for_words(self, optimizer, **kwargs):
-        """`compile` with the mean over words as loss, and its metrics.
+    def compile_for_words(
+        self, optimizer: keras.optimizers.Optimizer, **kwargs
+    ) -> None:
+        """Compiles with the mean over words as loss, and its metrics.
 
         Data is `({"tokens", "targets"}, targets, weights)`, each `(B, L)`;
         weights are 1 for words and 0 for padding.

@@ -1,8 +1,8 @@
-"""The paper's language models as plain data, and what each one costs.
+"""The paper's language models as plain data, with parameters and operations.
 
 A variant is a width and a stack of layers, bottom first; embedding and
-softmax are around all of them alike. `LanguageModel` builds it, `count`
-adds it up without building anything.
+softmax are the same in all. `LanguageModel` makes the model, `count` counts
+without making anything.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ class Counts:
 
 
 class _Family(NamedTuple):
-    """A variant at any width: the paper's settings, and the layers."""
+    """A variant at any width: the paper's settings, and its layers."""
 
     width: int
     k: int | None  # `None` where nothing is chosen
@@ -228,8 +228,8 @@ def count(variant: Variant) -> Counts:
 
     As in the paper's tables, embedding and softmax are left out, a
     multiply-add is one operation, and experts that a word does not reach
-    cost nothing. Gates count twice, for `W_g` and `W_noise`; of the gates
-    inside the groups, a word reaches `k`.
+    cost nothing. Gates count twice, for `W_g` and `W_noise`. On two levels a
+    word reaches the gates of `k` groups.
 
     Args:
         variant: `Variant`.
@@ -251,14 +251,14 @@ def count(variant: Variant) -> Counts:
 
 
 def vocabulary_parameters(variant: Variant, vocabulary_size: int) -> int:
-    """Parameters of embedding and softmax, two separate `(V, D)` tables."""
+    """Counts the parameters of embedding and softmax, two `(V, D)` tables."""
     return 2 * vocabulary_size * variant.width
 
 
 def kernel_shapes(
     variant: Variant, vocabulary_size: int
 ) -> list[tuple[int, ...]]:
-    """Shapes of all kernels, embedding and softmax included."""
+    """Returns the shapes of all kernels, embedding and softmax included."""
     table = (vocabulary_size, variant.width)
     shapes = [table, table]
     for layer in variant.layers:

@@ -12,10 +12,18 @@ MODELS = {
 }
 
 
-def make_model(
+def make_translation_model(
     variant_name: str, vocabulary_size: int, **settings: object
 ) -> TranslationModel:
     """Makes the model of a variant, a `Gnmt` or a `Transformer`.
+
+    Example:
+
+    >>> model = moe_tf.models.make_translation_model(
+    ...     "GNMT-MoE-4", 100, width=8, moe={"hidden_units": 16}
+    ... )
+    >>> type(model).__name__
+    'Gnmt'
 
     Args:
         variant_name: str, see `translation.variants.variant`.

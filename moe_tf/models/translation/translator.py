@@ -1,6 +1,8 @@
-"""From strings to strings: wordpieces, a translation model and its decoder."""
+"""Translation of strings: wordpieces, a translation model and a decoder."""
 
 import typing
+from collections.abc import Callable
+from collections.abc import Sequence
 
 import tensorflow as tf
 
@@ -9,15 +11,26 @@ from moe_tf import special_ids
 from moe_tf import xla
 from moe_tf.decoding import beam_search
 from moe_tf.decoding import sampling
+from moe_tf.decoding.hypotheses import Hypotheses
+from moe_tf.models.translation.base import TranslationModel
+from moe_tf.types import Tensor
+
+if typing.TYPE_CHECKING:
+    from moe_tf.data.parallel.wordpieces import Wordpieces
 
 METHODS = ("beam", "greedy", "sample")
 
-# Added to every limit of length: one word may well take several pieces.
-_SPARE_LENGTH = 10
+# Added to every limit of length: one word may take several pieces.
+_EXTRA_LENGTH = 10
 
 
 class Settings(typing.NamedTuple):
-    """How translations are found.
+    """Settings of decoding.
+
+    Example:
+
+    >>> moe_tf.models.TranslatorSettings(method="greedy").max_length_ratio
+    2.0
 
     Attributes:
         method: `"beam"`; `"greedy"`, the likeliest piece at every position;
@@ -25,12 +38,13 @@ class Settings(typing.NamedTuple):
         beam_size: int, hypotheses alive at a time; for `"beam"`.
         num_best: int, translations returned for each sentence, at most
             `beam_size` of `"beam"`, 1 of `"greedy"`.
-        length_penalty, coverage_penalty, pruning: see `beam_search.search`.
-        max_length_ratio: float, most pieces of a translation for each of the
-            source; 10 are added. GNMT stops at twice the source.
+        length_penalty, coverage_penalty, pruning: see `search_beams`.
+        max_length_ratio: float, upper limit of a translation's length: so
+            many pieces for each piece of the source, and 10 more. GNMT stops
+            at twice the source.
         temperature: float above 0, divides the logits of `"sample"`.
-        seed: int, for `"sample"`: seed and sentence decide the draws, not the
-            rest of the batch.
+        seed: int, for `"sample"`. The draws depend on the seed and the
+            sentence, not on the rest of the batch.
 
     Reference:
      - [Wu et al., 2016](https://arxiv.org/abs/1609.08144), section 7
@@ -46,8 +60,13 @@ class Settings(typing.NamedTuple):
     temperature: float = 1.0
     seed: int = 0
 
-    def check(self, group="translate"):
-        """Raises `ValueError` where a value cannot be used."""
+    def check(self, group: str = "translate") -> None:
+        """Raises `ValueError` if a value cannot be used.
+
+        Args:
+            group: str, name of the settings in the error. Defaults to
+                `"translate"`, the trainers' group of them.
+        """
         if self.method not in METHODS:
             raise ValueError(
                 f"`{group}.method` must be one of {', '.join(METHODS)}. "
@@ -61,10 +80,10 @@ class Settings(typing.NamedTuple):
         checks.not_negative(f"{group}.pruning", self.pruning, allow_none=True)
         for name in ("max_length_ratio", "temperature"):
             checks.positive(f"{group}.{name}", getattr(self, name))
-        most = {"beam": self.beam_size, "greedy": 1}.get(self.method)
-        if most is not None and self.num_best > most:
+        max_num_best = {"beam": self.beam_size, "greedy": 1}.get(self.method)
+        if max_num_best is not None and self.num_best > max_num_best:
             raise ValueError(
-                f"`{group}.num_best` must be at most {most} with "
+                f"`{group}.num_best` must be at most {max_num_best} with "
                 f"{group}.method={self.method}, "
                 f"{group}.beam_size={self.beam_size}. "
                 f"Received: {group}.num_best={self.num_best}"
@@ -74,38 +93,61 @@ class Settings(typing.NamedTuple):
 class Translator(tf.Module):
     """Translates strings; can be saved as a program of its own.
 
-        translator = Translator(model, wordpieces)
-        translator(["A dog barks."])["translation"]
-        tf.saved_model.save(translator, folder,
-                            signatures={"translate": translator.serve()})
+    Example:
+
+    >>> from moe_tf.data.parallel.wordpieces import Wordpieces
+    >>> text = [b"a dog barks", b"the dog sleeps", b"a cat sleeps"] * 9
+    >>> wordpieces = Wordpieces.learn(text, 40)
+    >>> model = moe_tf.models.Transformer(
+    ...     "Transformer", wordpieces.size, width=8, num_heads=2,
+    ...     encoder_layers=1, decoder_layers=1,
+    ... )
+    >>> model.build()  # And train it here.
+    >>> translator = moe_tf.models.Translator(model, wordpieces)
+    >>> translator(["a dog sleeps"])["translation"].shape
+    TensorShape([1, 1])
+
+    To save it, so that other programs can translate without this package:
+
+        tf.saved_model.save(
+            translator, folder, signatures={"translate": translator.serve()}
+        )
 
     Args:
         model: `Gnmt` or `Transformer`, built.
-        wordpieces: `data.wordpieces.Wordpieces` that it was trained with.
+        wordpieces: `data.parallel.wordpieces.Wordpieces` that the model was
+            trained with.
         settings: `Settings`.
 
     Raises:
         ValueError: a setting cannot be used.
     """
 
-    def __init__(self, model, wordpieces, settings=None):
+    def __init__(
+        self,
+        model: TranslationModel,
+        wordpieces: "Wordpieces",
+        settings: Settings | None = None,
+    ):
         super().__init__()
         self.settings = settings or Settings()
         self.settings.check("settings")
         self.model = model
         self.wordpieces = wordpieces
-        # A program that is saved has to know all that it writes to: layers
-        # of experts count.
+        # A saved program needs references to all variables that it writes,
+        # the counters of MoE layers among them.
         self._counters = [
             variable.value for variable in model.metrics_variables
         ]
-        self._found = tf.function(
-            self._find,
+        self._translate_program = tf.function(
+            self._translate_in_one_piece,
             input_signature=[tf.TensorSpec((None, None), tf.int32)],
             autograph=False,
         )
 
-    def __call__(self, texts, language=None):
+    def __call__(
+        self, texts: Sequence[str] | tf.Tensor, language: str | None = None
+    ) -> dict[str, tf.Tensor]:
         """Translates a batch.
 
         Args:
@@ -116,42 +158,50 @@ class Translator(tf.Module):
         Returns:
             Dict of `translation`, string `(B, M)`, `score` and
             `log_probability`, float32 `(B, M)`; `M` is `num_best`, the best
-            first. Where fewer were found the rest are empty, of score `-inf`.
+            first. Where there are fewer hypotheses, the rest are empty, of
+            score `-inf`.
         """
-        source_BS = self.sources(texts, language)
-        return self.strings(self.find(source_BS))
+        source_BS = self.encode(texts, language)
+        return self.decode(self.translate_ids(source_BS))
 
-    def rows(self, texts, language=None):
-        """What the encoder reads of each text: ragged int32 `(B, None)`."""
+    def encode_ragged(
+        self, texts: Sequence[str] | tf.Tensor, language: str | None = None
+    ) -> tf.RaggedTensor:
+        """Returns the ids of each text, ragged int32 `(B, None)`."""
         texts = tf.convert_to_tensor(texts, tf.string)
         return self.wordpieces.encode_source(texts, language)
 
-    def sources(self, texts, language=None):
-        """`rows`, padded: int32 `(B, S)`."""
-        return self.rows(texts, language).to_tensor(special_ids.PAD)
+    def encode(
+        self, texts: Sequence[str] | tf.Tensor, language: str | None = None
+    ) -> tf.Tensor:
+        """Returns the ids of each text, padded int32 `(B, S)`."""
+        ragged = self.encode_ragged(texts, language)
+        return ragged.to_tensor(special_ids.PAD)
 
-    def find(self, source_BS):
-        """`hypotheses.Hypotheses` of int32 `(B, S)`, in a program."""
-        return self._found(source_BS)
+    def translate_ids(self, source_BS: Tensor) -> Hypotheses:
+        """Translates ids, int32 `(B, S)`, in one compiled program."""
+        return self._translate_program(source_BS)
 
-    def strings(self, found):
-        """The dictionary that a call returns, of `Hypotheses`."""
-        shape = tf.shape(found.tokens_BMI)
+    def decode(self, hypotheses: Hypotheses) -> dict[str, tf.Tensor]:
+        """Returns the strings and scores of `Hypotheses`, see `__call__`."""
+        shape = tf.shape(hypotheses.tokens_BMI)
         text_N = self.wordpieces.decode(
-            tf.reshape(found.tokens_BMI, (-1, shape[2]))
+            tf.reshape(hypotheses.tokens_BMI, (-1, shape[2]))
         )
         return {
             "translation": tf.reshape(text_N, shape[:2]),
-            "score": found.scores_BM,
-            "log_probability": found.log_probabilities_BM,
+            "score": hypotheses.scores_BM,
+            "log_probability": hypotheses.log_probabilities_BM,
         }
 
-    def serve(self, language=None):
-        """The signature `translate` of a SavedModel.
+    def serve(
+        self, language: str | None = None
+    ) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
+        """Returns the signature `translate` of a SavedModel.
 
-        It takes `text`, string `(B,)`, and gives what a call gives. The
-        program carries the wordpieces; who loads it imports
-        `tensorflow_text`, and nothing of this package.
+        The signature takes `text`, string `(B,)`, and returns what a call
+        returns. The program contains the wordpieces: to load it, import
+        `tensorflow_text`; nothing of this package is needed.
 
         Args:
             language: see `__call__`.
@@ -162,40 +212,35 @@ class Translator(tf.Module):
             autograph=False,
         )
         def translate(text):
-            return self.strings(self._find(self.sources(text, language)))
+            source_BS = self.encode(text, language)
+            return self.decode(self._translate_in_one_piece(source_BS))
 
         return translate
 
-    def _find(self, source_BS):
+    def _translate_in_one_piece(self, source_BS):
         with xla.in_one_piece():
-            return self._search(source_BS)
+            return self._translate(source_BS)
 
-    def _search(self, source_BS):
+    def _translate(self, source_BS):
+        """Encodes the source and decodes with the method of the settings."""
         settings = self.settings
         memory = self.model.encode(source_BS)
-        pieces_B = tf.reduce_sum(
-            tf.cast(source_BS != special_ids.PAD, tf.int32), axis=1
-        )
-        limit_B = settings.max_length_ratio * tf.cast(pieces_B, tf.float32)
-        limit_B = tf.cast(tf.math.ceil(limit_B), tf.int32) + _SPARE_LENGTH
-        # An empty row, which fills a batch up, needs no translation.
-        limit_B = tf.where(pieces_B > 0, limit_B, 0)
-        longest = tf.maximum(tf.reduce_max(limit_B), 1)
+        max_length_B = self._max_length(source_BS)
+        longest = tf.maximum(tf.reduce_max(max_length_B), 1)
         states = self.model.initial_states(memory, longest)
-        forbidden = (*self.wordpieces.control_ids, special_ids.UNK)
         common = {
             "start_id": special_ids.START,
             "end_id": special_ids.END,
-            "max_length_B": limit_B,
-            "forbidden_ids": forbidden,
+            "max_length_B": max_length_B,
+            "forbidden_ids": (*self.wordpieces.control_ids, special_ids.UNK),
         }
         if settings.method == "sample":
-            return sampling.sample(
+            return sampling.sample_hypotheses(
                 self.model.step,
                 memory,
                 states,
                 temperature=settings.temperature,
-                seed=settings.seed + _fingerprints(source_BS),
+                seed=settings.seed + _hash_rows(source_BS),
                 num_samples=settings.num_best,
                 **common,
             )
@@ -207,7 +252,7 @@ class Translator(tf.Module):
                 "coverage_penalty": settings.coverage_penalty,
                 "pruning": settings.pruning,
             }
-        return beam_search.search(
+        return beam_search.search_beams(
             self.model.step,
             memory,
             states,
@@ -219,9 +264,19 @@ class Translator(tf.Module):
             **common,
         )
 
+    def _max_length(self, source_BS):
+        """Computes the limit of each translation's length, int32 `(B,)`."""
+        length_B = tf.reduce_sum(
+            tf.cast(source_BS != special_ids.PAD, tf.int32), axis=1
+        )
+        limit_B = self.settings.max_length_ratio * tf.cast(length_B, tf.float32)
+        limit_B = tf.cast(tf.math.ceil(limit_B), tf.int32) + _EXTRA_LENGTH
+        # An empty row, which fills a batch up, needs no translation.
+        return tf.where(length_B > 0, limit_B, 0)
 
-def _fingerprints(source_BS):
-    """A number for each row that its padding does not change, int64 `(B,)`."""
+
+def _hash_rows(source_BS):
+    """Hashes each row's ids, padding aside, to int64 `(B,)`."""
     position_S = tf.range(tf.shape(source_BS, tf.int64)[1])
     factor_S = tf.pow(tf.constant(1_000_003, tf.int64), position_S)
     return tf.reduce_sum(tf.cast(source_BS, tf.int64) * factor_S, axis=1)

@@ -1,8 +1,8 @@
-"""Translation models as plain data, and what each one costs.
+"""Translation models as plain data, with parameters and operations.
 
 A variant is a width and two stacks of layers, bottom first; embeddings and
-softmax are around all of them alike. `translation.make` builds it, `count`
-adds it up without building anything.
+softmax are the same in all. `factory.make_translation_model` makes the model,
+`count` counts without making anything.
 """
 
 import dataclasses
@@ -128,6 +128,11 @@ class _DefaultExperts(NamedTuple):
     branching: tuple[int, int] | None
     k: int
 
+    def describe(self, hidden_units, k, gating):
+        return Experts(
+            self.num_experts, hidden_units, k, self.branching, gating
+        )
+
 
 def _default_experts(name):
     """Looks a name up; returns `None` for a variant without experts."""
@@ -212,11 +217,7 @@ def _gnmt(
     between = ()
     if experts is not None:
         k = experts.k if k is None else k
-        between = (
-            Experts(
-                experts.num_experts, hidden_units, k, experts.branching, gating
-            ),
-        )
+        between = (experts.describe(hidden_units, k, gating),)
     elif name == "GNMT-wide":
         between = (FeedForward(((4 if k is None else k) * hidden_units,)),)
     lstm = layers.Lstm(cells, projected=True)
@@ -233,13 +234,9 @@ def _gnmt(
             "experts stand between the last two. Received: "
             f"encoder_layers={encoder_layers}, decoder_layers={decoder_layers}"
         )
-    return Variant(
-        name,
-        GNMT,
-        width,
-        encoder=(*encoder[:-1], *between, encoder[-1]),
-        decoder=(*decoder[:-1], *between, decoder[-1]),
-    )
+    encoder = (*encoder[:-1], *between, encoder[-1])
+    decoder = (*decoder[:-1], *between, decoder[-1])
+    return Variant(name, GNMT, width, encoder, decoder)
 
 
 def _transformer(
@@ -272,25 +269,25 @@ def _transformer(
                 f"Received: k={k}, feed_forward={feed_forward}"
             )
         hidden_units = hidden_units or feed_forward // k
-        mixture = Experts(experts.num_experts, hidden_units, k, gating=gating)
+        mixture = experts.describe(hidden_units, k, gating)
 
     def stack(num_blocks, *attentions):
         blocks = []
         for index in range(num_blocks):
             for attention in attentions:
                 blocks += [layers.Norm(), attention]
-            last = (index + 1) % moe_every == 0
-            blocks += [layers.Norm(), mixture if last else dense]
+            has_experts = (index + 1) % moe_every == 0
+            blocks += [layers.Norm(), mixture if has_experts else dense]
         return (*blocks, layers.Norm())
 
-    to_itself = layers.SelfAttention(num_heads)
-    to_source = layers.SourceAttention(num_heads)
+    self_attention = layers.SelfAttention(num_heads)
+    source_attention = layers.SourceAttention(num_heads)
     return Variant(
         name,
         TRANSFORMER,
         width,
-        encoder=stack(encoder_layers, to_itself),
-        decoder=stack(decoder_layers, to_itself, to_source),
+        encoder=stack(encoder_layers, self_attention),
+        decoder=stack(decoder_layers, self_attention, source_attention),
         tie_embeddings=tie_embeddings,
     )
 
@@ -301,16 +298,16 @@ def count(
     """Counts parameters and operations from the description alone.
 
     A multiply-add is one operation; experts that a word does not reach cost
-    nothing. What has no weight is not counted: scores and contexts, whose
-    cost depends on the length. A source word's part in the attention counts
-    once.
+    nothing. Operations without weights are not counted: attention scores and
+    contexts, whose cost depends on the length. The attention's work for a
+    source word counts once.
 
     Args:
         variant: `Variant`.
         vocabulary_size: int, `V`.
         as_in_paper: bool, whether gates and the attention function, whose
-            sizes the paper does not give, are left out: its numbers then
-            come out.
+            sizes the paper does not give, are left out, as in the paper's
+            tables. Defaults to `False`.
 
     Returns:
         `Counts`.
@@ -338,7 +335,7 @@ def count(
 def kernel_shapes(
     variant: Variant, vocabulary_size: int
 ) -> list[tuple[int, ...]]:
-    """Shapes of all weights, embeddings and softmax included."""
+    """Returns the shapes of all weights, embeddings and softmax included."""
     table = (vocabulary_size, variant.width)
     shapes = [table] * (1 if variant.tie_embeddings else 3)
     for layer in variant.layers:

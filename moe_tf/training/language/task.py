@@ -220,7 +220,7 @@ class LanguageModelTask(Task):
                 sample.num_sentences,
                 self.config.data.rows_multiple,
             )
-        drawn = language_model.sample(
+        drawn = language_model.sample_text(
             step,
             model.initial_states(num_rows),
             sample.num_sentences,

@@ -84,7 +84,7 @@ def translate_lines(
         usable = [i for i, reason in enumerate(reasons) if reason is None]
         if usable:
             texts = [chunk[i].strip() for i in usable]
-            rows = translator.rows(texts, language).to_list()
+            rows = translator.encode_ragged(texts, language).to_list()
             for i, row in zip(usable, rows, strict=True):
                 if len(row) > max_pieces:
                     reasons[i] = TOO_LONG
@@ -118,7 +118,7 @@ def translate_texts(
         language: see `Translator`.
         batch_size: sentences translated together.
     """
-    rows = translator.rows(texts, language).to_list()
+    rows = translator.encode_ragged(texts, language).to_list()
     by_index = dict(_in_batches(translator, enumerate(rows), batch_size))
     return [
         by_index[i][0].text if by_index[i] else "" for i in range(len(texts))
@@ -140,8 +140,8 @@ def _in_batches(translator, numbered_rows, batch_size):
     for first in range(0, len(ordered), batch_size):
         batch = ordered[first : first + batch_size]
         source_BS = _padded([row for _, row in batch], batch_size)
-        hypotheses = translator.find(source_BS)
-        strings = translator.strings(hypotheses)
+        hypotheses = translator.translate_ids(source_BS)
+        strings = translator.decode(hypotheses)
         texts_BM = strings["translation"].numpy()
         arrays = [None if x is None else x.numpy() for x in hypotheses]
         for b, (number, row) in enumerate(batch):

@@ -39,8 +39,8 @@ def make_report(
     chosen = {layer.name: _chosen(words, settings)}
     by_layer = {layer.name: words}
     return (
-        expert_words_report.as_text(by_layer, chosen),
-        expert_words_report.as_html(by_layer, chosen),
+        expert_words_report.expert_words_as_text(by_layer, chosen),
+        expert_words_report.expert_words_as_html(by_layer, chosen),
     )
 
 

@@ -265,7 +265,7 @@ class TranslationTask(Task):
 
     def _make_model(self, vocabulary_size):
         model = self.config.model.to_dict()
-        return factory.make_model(
+        return factory.make_translation_model(
             model.pop("variant"),
             vocabulary_size,
             moe=self.config.moe.to_dict(),

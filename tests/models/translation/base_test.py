@@ -33,7 +33,7 @@ LENGTHS = np.array([6, 3, 5])
 def make(name, /, **kwargs):
     settings = {"width": 8, "seed": 1, **SIZES[name.split("-")[0]]}
     settings |= {**CASES.get(name, {}), **kwargs}
-    model = factory.make_model(name, V, **settings)
+    model = factory.make_translation_model(name, V, **settings)
     model.build()
     return model
 
@@ -176,7 +176,7 @@ def test_settings_reach_every_mixture(name):
 @pytest.mark.slow
 def test_strictly_balanced_experts_of_two_levels_train():
     # The paper's models of one language pair.
-    model = factory.make_model(
+    model = factory.make_translation_model(
         "GNMT-MoE-4x4-h", V, moe={"gating": "batchwise"}, width=16, seed=1
     )
     model.compile(

@@ -29,7 +29,7 @@ def train(name, scope):
     keras.utils.set_random_seed(0)
     with scope:
         scorer = models.TranslationScorer(
-            factory.make_model(
+            factory.make_translation_model(
                 name, VOCABULARY, width=8, seed=1, **CASES[name]
             ),
             label_smoothing=0.1,

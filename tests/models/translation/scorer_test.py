@@ -23,7 +23,7 @@ def make(name, label_smoothing=0.0, jit_compile=False, rate=0.01, **kwargs):
     settings = {"width": 16, "seed": 1, "dropout": 0.0}
     settings |= {**SMALL[name.split("-")[0]], **SMALL.get(name, {}), **kwargs}
     scorer = TranslationScorer(
-        factory.make_model(name, V, **settings), label_smoothing
+        factory.make_translation_model(name, V, **settings), label_smoothing
     )
     scorer.build()
     scorer.compile_for_words(

@@ -18,7 +18,7 @@ def parts():
     lines = [row[side].encode() for row in rows for side in ("en", "de")]
     wordpieces = Wordpieces.learn(lines, 150, ("de", "fr"))
     keras.utils.set_random_seed(0)
-    model = factory.make_model(
+    model = factory.make_translation_model(
         "Transformer-MoE-4",
         wordpieces.size,
         width=16,
@@ -63,7 +63,7 @@ def test_greedy_equals_whole_passes_by_hand(parts, language):
     # The symbol of the language is read.
     other = translator.Translator(
         *parts, translator.Settings(method="greedy")
-    ).sources(TEXTS, "de")
+    ).encode(TEXTS, "de")
     assert (other[:, 0] == wordpieces.language_id("de")).numpy().all()
 
 
@@ -76,9 +76,9 @@ def test_neither_the_batch_nor_padding_matters(parts, method):
     translate = translator.Translator(*parts, settings)
     together = translate(TEXTS, "de")
     for index, text in enumerate(TEXTS):
-        source_BS = translate.sources([text], "de")
+        source_BS = translate.encode([text], "de")
         padded_BS = tf.pad(source_BS, [[0, 2], [0, 5]])  # and empty rows
-        alone = translate.strings(translate.find(padded_BS))
+        alone = translate.decode(translate.translate_ids(padded_BS))
         for key in ("score", "log_probability"):
             np.testing.assert_allclose(
                 alone[key][0], together[key][index], rtol=1e-4

@@ -82,7 +82,7 @@ def test_weights_are_as_many_as_counted(name, number):
     if name.startswith("Transformer") and number:
         sizes |= {"num_heads": 2, "feed_forward": 12, "tie_embeddings": False}
         sizes |= {"encoder_layers": 3, "decoder_layers": 2}
-    model = factory.make_model(name, 19, **sizes)
+    model = factory.make_translation_model(name, 19, **sizes)
     model.build()
     shapes = [tuple(w.shape) for w in model.trainable_weights]
     want = variants.count(model.variant, 19).parameters
@@ -92,7 +92,9 @@ def test_weights_are_as_many_as_counted(name, number):
 
 @pytest.mark.parametrize("name", ["GNMT-MoE-6", "GNMT-MoE-2x3-h"])
 def test_weights_of_batchwise_gates_are_counted(name):
-    model = factory.make_model(name, 19, moe={"gating": "batchwise"}, **SMALL)
+    model = factory.make_translation_model(
+        name, 19, moe={"gating": "batchwise"}, **SMALL
+    )
     model.build()
     shapes = [tuple(w.shape) for w in model.trainable_weights]
     want = variants.count(model.variant, 19).parameters
@@ -173,7 +175,9 @@ def test_what_does_not_fit_is_refused(name, settings, message):
 
 def test_make_names_the_settings_that_there_are():
     with pytest.raises(ValueError, match="attention_form"):
-        factory.make_model("GNMT", 9, num_heads=2)
+        factory.make_translation_model("GNMT", 9, num_heads=2)
     with pytest.raises(ValueError, match="num_heads"):
-        factory.make_model("Transformer", 9, attention_form="sum")
-    assert factory.make_model("GNMT", 9, num_heads=None).built is False
+        factory.make_translation_model("Transformer", 9, attention_form="sum")
+    assert (
+        factory.make_translation_model("GNMT", 9, num_heads=None).built is False
+    )
