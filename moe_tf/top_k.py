@@ -1,9 +1,8 @@
-"""The few largest entries of each row, faster than `tf.math.top_k` finds them.
+"""Faster searches than `tf.math.top_k` for the few largest entries of a row.
 
-`wide_top_k` is for thousands of columns, such as words. `narrow_top_k` is for
-some hundreds, such as experts, on a GPU outside XLA. There `tf.math.top_k`
-sorts every row of up to 1000 columns, one after another within a block of
-threads each, and searches longer rows.
+`blockwise_top_k` is for rows of thousands of entries, such as words, and
+`small_top_k` for rows of up to some hundreds, such as experts. Both return
+what `tf.math.top_k` returns.
 """
 
 import math
@@ -11,32 +10,37 @@ import math
 import tensorflow as tf
 from keras import ops
 
+from moe_tf import sharding
 from moe_tf import xla
+from moe_tf.types import Tensor
 
 BLOCK = 64
 
-_SORTED = 1000  # Columns up to which TensorFlow sorts.
-# Entries that are read for a row, above which the longer search is faster.
-# Milliseconds on an H100 of `top_k`, reading and the longer search: 16,384 rows
-# of 8 columns, k = 3: 4.5, 0.84, 0.67; 8192 of 256, k = 5: 2.5, 1.8, 0.45. But
-# where a CPU of the same machine has the rows, a search of 1001 columns for 8
-# takes 27 times as long, and reading 1.2 times.
-_READ = 1500
+# TensorFlow's GPU kernel sorts rows of up to so many entries, one row after
+# another within a block of threads. It searches longer rows.
+_MAX_SORTED = 1000
+# The argmax search reads each row `k` times. Above so many entries read in a
+# row, the search among appended columns is faster. Milliseconds on an H100 of
+# `tf.math.top_k`, argmax and appended columns: 16,384 rows of 8 columns, k = 3:
+# 4.5, 0.84, 0.67; 8192 of 256, k = 5: 2.5, 1.8, 0.45. But where the rows lie on
+# a CPU of the same machine, a search of 1001 columns for 8 takes 27 times as
+# long, and argmax 1.2 times.
+_MAX_READ = 1500
 
 
-def wide_top_k(x_NV, k):
-    """`tf.math.top_k(x_NV, k)` for a `k` far below a known `V`.
+def blockwise_top_k(x_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Returns the `k` largest entries of long rows, as `tf.math.top_k` does.
 
-    Exactly the same, ties included: the smaller index comes first. The `k`
-    largest entries lie in the `k` blocks of largest maxima, so that only
-    those are searched.
+    The `k` largest entries lie in the `k` blocks with the largest maxima, so
+    only these blocks are searched. Of equal entries the first comes first.
 
     Args:
-        x_NV: float, without NaN; a row with NaN gets indices that exist.
-        k: int, at most `V`.
+        x_NV: float, without NaN; the indices of a row with NaN are valid but
+            arbitrary. `V` must be static.
+        k: int, at most `V`; the search is fast where `k` is far below `V`.
 
     Returns:
-        `(values_NK, indices_NK)`.
+        `(values_NK, indices_NK)`, in descending order of the values.
     """
     size = x_NV.shape[1]
     num_blocks = -(-size // BLOCK)
@@ -57,17 +61,42 @@ def wide_top_k(x_NV, k):
     return value_NK, tf.minimum(index_NK + at_NK % BLOCK, size - 1)
 
 
-def narrow_top_k_pays(num_columns):
-    """Whether `narrow_top_k` is the faster way in this trace."""
-    return num_columns <= _SORTED and xla.runs_ops_on_gpu()
+def small_top_k(x_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Returns the `k` largest entries of short rows, as `tf.math.top_k` does.
+
+    Of equal entries the first comes first. On a GPU outside XLA, rows that
+    `tf.math.top_k` would sort are searched by `gpu_top_k_indices`. On a mesh
+    the gradient stays on the device of each row.
+
+    Args:
+        x_NV: float `(..., V)`.
+        k: int, at most `V`.
+
+    Returns:
+        `(values_NK, indices_NK)`, in descending order of the values. The
+        integer type is that of `xla.as_index`.
+    """
+    searches = gpu_search_pays(x_NV.shape[-1])
+    if searches:
+        index_NK = gpu_top_k_indices(x_NV, k)
+    else:
+        value_NK, index_NK = ops.top_k(x_NV, k)
+    if searches or sharding.axes() is not None:
+        value_NK = take_entries(x_NV, index_NK)
+    return value_NK, xla.as_index(index_NK)
 
 
-def narrow_top_k(x_NV, k):
-    """The indices that `tf.math.top_k` gives.
+def gpu_search_pays(num_columns: int) -> bool:
+    """Returns whether `gpu_top_k_indices` is faster than `tf.math.top_k`."""
+    return num_columns <= _MAX_SORTED and xla.runs_ops_on_gpu()
 
-    Of equal entries the first comes first. NaN counts as infinity, what is
-    below 0.99 of the least finite number as that, and the indices of a row are
-    distinct whatever it holds.
+
+def gpu_top_k_indices(x_NV: Tensor, k: int) -> Tensor:
+    """Returns the indices of `tf.math.top_k` without sorting the rows.
+
+    Of equal entries the first comes first. NaN counts as infinity. Numbers
+    below 0.99 of the least finite number count as that number. The indices of
+    a row are distinct whatever the row holds.
 
     Args:
         x_NV: float `(..., V)`.
@@ -79,27 +108,72 @@ def narrow_top_k(x_NV, k):
     x_NV = tf.convert_to_tensor(x_NV)
     infinity = tf.constant(float("inf"), x_NV.dtype)
     x_NV = tf.where(tf.math.is_nan(x_NV), infinity, x_NV)
-    if k * x_NV.shape[-1] > _READ:
-        return _search(x_NV, k)
-    return _read(x_NV, k)
+    if k * x_NV.shape[-1] > _MAX_READ:
+        return _indices_among_appended_columns(x_NV, k)
+    return _indices_by_argmax(x_NV, k)
 
 
-def _search(x_NV, k):
+def _indices_among_appended_columns(x_NV, k):
+    """Appends columns of `-inf`, so that TensorFlow searches and not sorts."""
     *leading, num_columns = ops.shape(x_NV)
-    more = max(0, _SORTED + 1 - num_columns)
-    least = tf.fill([*leading, more], tf.constant(-float("inf"), x_NV.dtype))
-    return tf.math.top_k(tf.concat([x_NV, least], axis=-1), k).indices
+    num_appended = max(0, _MAX_SORTED + 1 - num_columns)
+    lowest = tf.fill(
+        [*leading, num_appended], tf.constant(-float("inf"), x_NV.dtype)
+    )
+    return tf.math.top_k(tf.concat([x_NV, lowest], axis=-1), k).indices
 
 
-def _read(x_NV, k):
+def _indices_by_argmax(x_NV, k):
+    """Takes the largest entry left of each row, `k` times."""
     num_columns, dtype = x_NV.shape[-1], x_NV.dtype
-    # `-inf` marks what is taken; the least number is no larger to `argmax`.
+    # `-inf` marks the entries taken. The factor, since `argmax` does not find
+    # the least number to be larger than `-inf`.
     smallest = tf.constant(0.99 * float(dtype.min), dtype)
     left_NV = tf.maximum(x_NV, smallest)
-    found = []
+    indices = []
     for _ in range(k):
         index_N = tf.argmax(left_NV, axis=-1, output_type="int64")
         taken_NV = tf.one_hot(index_N, num_columns, True, False, dtype="bool")
         left_NV = tf.where(taken_NV, tf.constant(-float("inf"), dtype), left_NV)
-        found.append(index_N)
-    return tf.cast(tf.stack(found, axis=-1), "int32")
+        indices.append(index_N)
+    return tf.cast(tf.stack(indices, axis=-1), "int32")
+
+
+def take_entries(x_NV: Tensor, index_NK: Tensor) -> Tensor:
+    """Returns the entries of each row at the row's indices.
+
+    Args:
+        x_NV: float `(..., V)`.
+        index_NK: int `(..., K)`.
+
+    Returns:
+        float `(..., K)`.
+    """
+    leading = len(index_NK.shape) - 1
+
+    def gather(x_NV):
+        return tf.gather(x_NV, index_NK, batch_dims=leading)
+
+    if sharding.axes() is None:
+        return gather(x_NV)
+
+    # On a mesh the gradient of `tf.gather` would be a scatter that each device
+    # computes for the rows of all devices.
+    @tf.custom_gradient
+    def gather_on_mesh(x_NV):
+        def gradient(dy_NK):
+            return _add_at_indices(dy_NK, index_NK, x_NV.shape[-1])
+
+        return gather(x_NV), gradient
+
+    return gather_on_mesh(x_NV)
+
+
+def _add_at_indices(y_NK, index_NK, size):
+    """Zeros `(..., V)` to which `y` is added at the indices of each row."""
+    index_NK = xla.as_index(index_NK)
+    return sum(
+        y_NK[..., j, None]
+        * ops.one_hot(index_NK[..., j], size, dtype=y_NK.dtype)
+        for j in range(index_NK.shape[-1])
+    )

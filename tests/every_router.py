@@ -63,7 +63,7 @@ def spread(layer):
     """Sets the gate, and returns a token for each expert, for equal load.
 
     Experts and tokens lie on a circle; a token's logits are the cosines of
-    its angles to the experts. Groups of experts get equal logits.
+    its angles to the experts. Branches of experts get equal logits.
     """
     for variable in layer.router.trainable_variables:
         if variable.name in ("gate_kernel", "secondary_gate_kernel"):

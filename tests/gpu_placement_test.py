@@ -7,7 +7,6 @@ import tensorflow as tf
 from moe_tf import xla
 from moe_tf.benchmarks import mesh_text
 from moe_tf.dispatch import plans
-from moe_tf.dispatch import sorting
 from moe_tf.distribute import MeshStrategy
 from moe_tf.layers.softmax import vocabulary_chunks
 from tests import every_router
@@ -157,14 +156,14 @@ def test_no_table_of_a_plan_is_on_the_host(name):
 
 def test_plans_compute_in_int64_on_gpus_alone(monkeypatch):
     expert_TK = tf.constant([[0, 1], [1, 2]])
-    assert sorting.as_index(expert_TK).dtype == "int32"
+    assert xla.as_index(expert_TK).dtype == "int32"
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: [kind])
-    assert sorting.as_index(expert_TK).dtype == "int64"
+    assert xla.as_index(expert_TK).dtype == "int64"
     dtypes = []
 
     @tf.function(jit_compile=True)
     def compiled():
-        dtypes.append(sorting.as_index(expert_TK).dtype)
+        dtypes.append(xla.as_index(expert_TK).dtype)
         return 0
 
     compiled()

@@ -52,7 +52,7 @@ def test_a_gate_value_that_underflows_is_still_an_assignment():
     # choice; a softmax that underflows then loses the token.
     gates, _ = gating.noisy_top_k(np.float32([[500.0, 0.0, 200.0]]), k=2)
     np.testing.assert_array_equal(gates.weight_TK, [[1.0, 0.0]])
-    np.testing.assert_array_equal(gating.assigned(gates, 3), [1, 0, 1])
+    np.testing.assert_array_equal(gating.count_assigned(gates, 3), [1, 0, 1])
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])

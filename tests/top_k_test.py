@@ -22,7 +22,7 @@ from tests import process
     infinite=st.sampled_from([0.0, 0.5, 1.0]),
     seed=st.integers(0, 99),
 )
-def test_narrow_top_k_is_top_k_ties_and_infinities_included(
+def test_the_search_on_a_gpu_is_top_k_ties_and_infinities_included(
     size, k, dtype, levels, infinite, seed
 ):
     rng = np.random.default_rng(seed)
@@ -31,7 +31,7 @@ def test_narrow_top_k_is_top_k_ties_and_infinities_included(
     x_NV[rng.random(x_NV.shape) < infinite] = np.inf
     x_NV *= signs
     k = min(k, size)
-    got_NK = top_k.narrow_top_k(tf.cast(x_NV, dtype), k)
+    got_NK = top_k.gpu_top_k_indices(tf.cast(x_NV, dtype), k)
     want_NK = np.argsort(-x_NV, axis=1, kind="stable")[:, :k]
     np.testing.assert_array_equal(got_NK, want_NK)
 
@@ -39,22 +39,24 @@ def test_narrow_top_k_is_top_k_ties_and_infinities_included(
 def test_indices_of_rows_with_nan_are_distinct_and_nan_comes_first():
     x_NV = np.array([[np.nan] * 4, [1, np.nan, -np.inf, 2], [1, 2, 3, 4]])
     want_NK = [[0, 1, 2, 3], [1, 3, 0, 2], [3, 2, 1, 0]]
-    np.testing.assert_array_equal(top_k.narrow_top_k(x_NV, 4), want_NK)
-    wide_NV = np.pad(x_NV, [[0, 0], [0, 500]], constant_values=-np.inf)
-    np.testing.assert_array_equal(top_k.narrow_top_k(wide_NV, 4), want_NK)
+    np.testing.assert_array_equal(top_k.gpu_top_k_indices(x_NV, 4), want_NK)
+    padded_NV = np.pad(x_NV, [[0, 0], [0, 500]], constant_values=-np.inf)
+    np.testing.assert_array_equal(
+        top_k.gpu_top_k_indices(padded_NV, 4), want_NK
+    )
 
 
 def test_pays_for_rows_that_a_gpu_would_sort_and_not_inside_xla(monkeypatch):
-    assert not top_k.narrow_top_k_pays(16)  # No GPU in tests.
+    assert not top_k.gpu_search_pays(16)  # No GPU in tests.
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: [kind])
-    assert top_k.narrow_top_k_pays(16)
-    assert top_k.narrow_top_k_pays(1000)
-    assert not top_k.narrow_top_k_pays(1001)
+    assert top_k.gpu_search_pays(16)
+    assert top_k.gpu_search_pays(1000)
+    assert not top_k.gpu_search_pays(1001)
     found = []
 
     @tf.function(jit_compile=True)
     def compiled():
-        found.append(top_k.narrow_top_k_pays(16))
+        found.append(top_k.gpu_search_pays(16))
         return 0
 
     compiled()
@@ -77,7 +79,7 @@ def test_gates_and_gradients_are_those_of_top_k(num_experts, k, monkeypatch):
         return [*gates, *tape.gradient(total, [clean_TE, std_TE])]
 
     want = run()
-    monkeypatch.setattr(top_k, "narrow_top_k_pays", lambda *_: True)
+    monkeypatch.setattr(top_k, "gpu_search_pays", lambda *_: True)
     for one, other in zip(run(), want, strict=True):
         if other is None:  # Every expert is chosen, whatever the noise.
             assert one is None
@@ -87,9 +89,9 @@ def test_gates_and_gradients_are_those_of_top_k(num_experts, k, monkeypatch):
 
 def trained(way):
     """The losses of a few steps on a mesh, and what its devices sent."""
-    top_k.narrow_top_k_pays = lambda *_: way != "top_k"
+    top_k.gpu_search_pays = lambda *_: way != "top_k"
     if way == "search":
-        top_k._READ = 0
+        top_k._MAX_READ = 0
     strategy = MeshStrategy({"batch": 2})
     keras.utils.set_random_seed(0)
     with strategy.scope():
@@ -120,14 +122,14 @@ def test_on_a_mesh_it_changes_neither_losses_nor_what_is_sent():
     infinite=st.sampled_from([0.0, 0.5, 0.999, 1.0]),
     seed=st.integers(0, 99),
 )
-def test_wide_top_k_is_top_k_ties_and_infinities_included(
+def test_blockwise_top_k_is_top_k_ties_and_infinities_included(
     size, k, levels, infinite, seed
 ):
     rng = np.random.default_rng(seed)
     x_NV = rng.integers(0, levels, (4, size)).astype("float32")
     x_NV[rng.random(x_NV.shape) < infinite] = -np.inf
     k = min(k, size)
-    got = top_k.wide_top_k(tf.constant(x_NV), k)
+    got = top_k.blockwise_top_k(tf.constant(x_NV), k)
     order_NV = np.argsort(-x_NV, axis=1, kind="stable")[:, :k]
     np.testing.assert_array_equal(got[1], order_NV)
     np.testing.assert_array_equal(
@@ -140,7 +142,7 @@ def test_a_row_with_nan_has_indices_and_leaves_the_others_alone():
     want = tf.math.top_k(x_NV, 4)
     for bad in (x_NV[1] * np.nan, np.where(x_NV[1] > 0, np.nan, x_NV[1])):
         broken_NV = np.stack([x_NV[0], bad, x_NV[2]])
-        value_NK, index_NK = top_k.wide_top_k(tf.constant(broken_NV), 4)
+        value_NK, index_NK = top_k.blockwise_top_k(tf.constant(broken_NV), 4)
         assert np.all((0 <= index_NK.numpy()) & (index_NK.numpy() < 1000))
         for row in (0, 2):
             np.testing.assert_array_equal(index_NK[row], want.indices[row])
@@ -150,7 +152,7 @@ def test_a_row_with_nan_has_indices_and_leaves_the_others_alone():
 def test_any_number_of_rows_in_a_graph():
     @tf.function(input_signature=[tf.TensorSpec([None, 500], tf.float32)])
     def run(x_NV):
-        return top_k.wide_top_k(x_NV, 3)
+        return top_k.blockwise_top_k(x_NV, 3)
 
     for rows in (0, 2):
         value_NK, index_NK = run(np.ones((rows, 500), "float32"))

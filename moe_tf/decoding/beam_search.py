@@ -284,7 +284,7 @@ class BeamSearch(loop.DecodingStrategy):
         are so many.
         """
         settings, logits_NV = self._settings, prediction.logits_NV
-        top_NC, token_NC = top_k.wide_top_k(
+        top_NC, token_NC = top_k.blockwise_top_k(
             forbid_ids(logits_NV, settings.forbidden_ids, settings.end_id),
             min(settings.beam_size + 1, logits_NV.shape[1]),
         )

@@ -4,10 +4,10 @@ import typing
 
 from keras import ops
 
+from moe_tf import xla
 from moe_tf.dispatch import plans
 from moe_tf.dispatch.capacity import expert_capacity
 from moe_tf.dispatch.plan import Plan
-from moe_tf.dispatch.sorting import as_index
 from moe_tf.types import Tensor
 
 DROP_POLICIES = ("position", "gate_value")
@@ -68,7 +68,7 @@ def choose_plan(
         block_size: optional int, slots in a block of the kernels that will
             run the experts.
     """  # noqa: E501
-    expert_TK = as_index(expert_TK)
+    expert_TK = xla.as_index(expert_TK)
     num_tokens = ops.shape(expert_TK)[-2]
     slots = max_placed = priority_TK = None
     if limit is not None:

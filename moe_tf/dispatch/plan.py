@@ -36,7 +36,7 @@ class Plan(abc.ABC):
     `moe_tf.dispatch.plans.Groups` every tensor but `count_E` has a first axis
     `G` of token groups.
 
-    Tables are int32, or int64 where `as_index` makes them so.
+    Tables are int32, or int64 where `xla.as_index` makes them so.
 
     Attributes:
         assignment_S: index `(S,)`, the assignment in each slot; `A` in an

@@ -11,7 +11,6 @@ import typing
 import tensorflow as tf
 from keras import ops
 
-from moe_tf import xla
 from moe_tf.dispatch.plan import cast_like
 from moe_tf.dispatch.plan import size
 from moe_tf.types import Tensor
@@ -33,16 +32,6 @@ class Sorted(typing.NamedTuple):
     row_A: Tensor
     count_E: Tensor
     offset_E: Tensor
-
-
-def as_index(expert: Tensor) -> Tensor:
-    """Casts expert ids to the integer type that plans compute with.
-
-    int64 where a GPU may run the graph op by op, otherwise unchanged:
-    TensorFlow's GPU kernels keep int32 operands in host memory, so an int32
-    plan would synchronise host and GPU at every op.
-    """
-    return ops.cast(expert, "int64") if xla.runs_ops_on_gpu() else expert
 
 
 def sort_by_expert(

@@ -296,7 +296,7 @@ class SparseMoE(keras.layers.Layer):
         if axes is None:
             return None if self.num_groups in (None, 1) else self.num_groups
         if branching := getattr(self.router, "branching", None):
-            two_level.warn_of_spread_branches(self.name, branching, axes)
+            two_level.warn_of_split_branches(self.name, branching, axes)
         experts_choose = (
             self.router.max_tokens_per_expert(axes["batch"], training)
             is not None

@@ -36,9 +36,9 @@ class Experts:
     Attributes:
         num_experts: int, all of them.
         hidden_units: int, width of each expert's hidden layer.
-        k: int, experts kept per word; with `branching`, groups kept per word
+        k: int, experts kept per word; with `branching`, branches kept per word
             and experts kept in each of them.
-        branching: optional `(a, b)`, `a` groups of `b` experts with
+        branching: optional `(a, b)`, `a` branches of `b` experts with
             `a * b == num_experts` (appendix B). Defaults to `None`: flat.
         gating: str, see `SparseMoE`; it decides the gates' parameters.
 
@@ -101,10 +101,10 @@ def check_num_experts(
     """
     if branching is None or num_experts in (None, math.prod(branching)):
         return
-    groups, group_size = branching
+    num_branches, branch_size = branching
     raise ValueError(
         f"`num_experts` must be left out or be {math.prod(branching)}: the "
-        f"variant {name} has {groups} groups of {group_size} experts. "
+        f"variant {name} has {num_branches} branches of {branch_size} experts. "
         f"Received: num_experts={num_experts}"
     )
 

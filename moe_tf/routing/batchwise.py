@@ -8,24 +8,33 @@ from moe_tf import losses
 from moe_tf.routing import expert_choice
 from moe_tf.routing import gating
 from moe_tf.routing import router
+from moe_tf.types import Tensor
 
 
 class ThresholdRouter(expert_choice.ExpertChoiceBase):
-    """A `ExpertChoiceBase` with learned thresholds, equations 19 and 20.
+    """Base class of routers with learned thresholds, equations 19 and 20.
 
     Args:
         threshold_weight: float, weight of equation 20.
-        *args, **kwargs: those of the next class.
+        *args, **kwargs: those of `ExpertChoiceBase`, or of another base of
+            the subclass.
     """
 
-    def __init__(self, *args, threshold_weight, **kwargs):
+    def __init__(self, *args, threshold_weight: float, **kwargs):
         super().__init__(*args, **kwargs)
         checks.positive("threshold_weight", threshold_weight)
         self.threshold_weight = threshold_weight
         self.loss_weights["threshold_loss"] = threshold_weight
 
-    def add_thresholds(self, shape, name):
-        """Thresholds at the mean of a softmax over the last axis."""
+    def add_thresholds(
+        self, shape: tuple[int, ...], name: str
+    ) -> keras.Variable:
+        """Adds thresholds, which start at the mean of a softmax over them.
+
+        Args:
+            shape: tuple of ints; the softmax is over the last axis.
+            name: str, of the variable.
+        """
         return self.add_weight(
             shape=shape,
             initializer=keras.initializers.Constant(1.0 / shape[-1]),
@@ -43,25 +52,26 @@ class ThresholdRouter(expert_choice.ExpertChoiceBase):
 class BatchwiseRouter(ThresholdRouter, router.GateRouter):
     """Strictly balanced gating: every expert gets the same number of tokens.
 
-    In training each expert takes the `m = ceil(k |X| / n)` tokens of the
-    batch with its largest softmax values (equation 18), so a token goes to
-    `k` experts on average, perhaps to none: then the layer's output is zero.
-    In a decoder later positions thus influence earlier ones in training.
-    Otherwise a token goes to the experts whose value passes their learned
-    threshold (equation 19), whatever else is in the batch. The chosen values
-    are divided by their sum (equation 16). There is no noise.
+    In training each expert chooses the `m = ceil(k |X| / n)` tokens of the
+    batch with its largest softmax values (equation 18). A token thus has `k`
+    experts on average, perhaps none: then the layer's output is zero. In a
+    decoder, later positions thus influence earlier ones in training. At
+    inference a token goes to the experts whose value passes their learned
+    threshold (equation 19), independent of the rest of the batch. The values
+    of the chosen experts are divided by their sum (equation 16). There is no
+    noise.
 
-    The thresholds start at `1 / n`. Equation 20 trains them, and only them;
-    its gradient counts tokens, so an optimizer that scales gradients (Adam)
-    is expected, or a `threshold_weight` that suits the batch. The paper says
-    neither the weight nor the start.
+    The thresholds start at `1 / n`, and equation 20 trains them alone. The
+    gradient of equation 20 counts tokens, so use an optimizer that scales
+    gradients, such as Adam, or a `threshold_weight` that suits the batch. The
+    paper gives neither the weight nor the initial values.
 
-    Outside training the number of a token's experts is not bounded, and XLA
+    At inference the number of a token's experts is not bounded, and XLA
     reserves slots for every token at every expert. Evaluate without
-    `jit_compile`, or bound them by `SparseMoE(eval_capacity_factor=...)`.
+    `jit_compile`, or bound the slots by `SparseMoE(eval_capacity_factor=...)`.
 
-    A token that holds NaN or infinity goes to every expert, gets NaN for its
-    gates and makes the losses of its batch NaN.
+    A token that holds NaN or infinity goes to every expert. Its gate values
+    and the losses of its batch are NaN.
 
     Args:
         num_experts: int, `E`.
@@ -105,12 +115,14 @@ class BatchwiseRouter(ThresholdRouter, router.GateRouter):
         logits_TE = self.logits(inputs)
         score_TE = gating.softmax(logits_TE)
         if training:
-            chosen_TE = self.take(logits_TE, mask)
+            chosen_TE = self.choose_tokens(logits_TE, mask)
         else:
-            chosen_TE = passes(score_TE, self.threshold_E)
+            chosen_TE = passes_threshold(score_TE, self.threshold_E)
         return self.routing(
             self.gates(
-                gating.renormalised(logits_TE, chosen_TE), chosen_TE, mask
+                gating.softmax_over_chosen(logits_TE, chosen_TE),
+                chosen_TE,
+                mask,
             ),
             mask,
             logits_TE=logits_TE,
@@ -127,6 +139,9 @@ class BatchwiseRouter(ThresholdRouter, router.GateRouter):
         )
 
 
-def passes(score, threshold):
-    """Equation 19; what is NaN passes, so that it shows in what follows."""
+def passes_threshold(score: Tensor, threshold: Tensor) -> Tensor:
+    """Compares scores with thresholds, equation 19.
+
+    NaN passes, so that it reaches the outputs and is noticed.
+    """
     return ops.logical_or(score > threshold, ops.isnan(score))

@@ -1,4 +1,4 @@
-"""Routers in which experts choose tokens: their base, and expert choice."""
+"""Expert choice, and the base class of routers in which experts choose."""
 
 import keras
 from keras import ops
@@ -9,14 +9,21 @@ from moe_tf.dispatch import capacity
 from moe_tf.dispatch import token_groups
 from moe_tf.routing import gating
 from moe_tf.routing import router
+from moe_tf.types import Tensor
 
 
 class ExpertChoiceBase(router.Router):
-    """Every expert takes the tokens with the largest gate values."""
+    """Base class of the routers in which experts choose tokens.
+
+    Every expert chooses the tokens with its largest gate values.
+
+    Args:
+        *args, **kwargs: those of `Router` except `load_weight`.
+    """
 
     chooses_in_groups = True
 
-    def __init__(self, *args, load_weight=None, **kwargs):
+    def __init__(self, *args, load_weight: None = None, **kwargs):
         if load_weight is not None:
             raise ValueError(
                 "`load_weight` has no meaning where every expert gets the "
@@ -24,44 +31,63 @@ class ExpertChoiceBase(router.Router):
             )
         super().__init__(*args, **kwargs)
 
-    def take(self, logits_TE, mask_T):
-        """Equation 18 with `m = ceil(k |X| / n)`, over unmasked tokens.
+    def choose_tokens(self, logits_TE: Tensor, mask_T: Tensor | None) -> Tensor:
+        """Chooses the tokens of each expert, equation 18.
 
-        Where there are groups of tokens, in each of them.
+        Each expert chooses `m = ceil(k |X| / n)` of the unmasked tokens `X`;
+        with token groups, in each group.
+
+        Args:
+            logits_TE: float.
+            mask_T: optional bool.
+
+        Returns:
+            bool `(T, E)`.
         """
         score_TE = log_softmax(logits_TE)
         if self.num_groups not in (None, 1):
-            return self._take_in_groups(score_TE, mask_T)
+            return self._choose_tokens_in_groups(score_TE, mask_T)
         num_tokens, num_experts = ops.shape(score_TE)
-        most = tokens_per_expert(num_tokens, self.k, num_experts)
+        max_chosen = tokens_per_expert(num_tokens, self.k, num_experts)
         num_chosen = tokens_per_expert(
-            number_real(mask_T, num_tokens), self.k, num_experts
+            num_real_tokens(mask_T, num_tokens), self.k, num_experts
         )
-        return gating.batchwise_mask(score_TE, num_chosen, most, mask_T)
+        return gating.batchwise_mask(score_TE, num_chosen, max_chosen, mask_T)
 
-    def _take_in_groups(self, score_TE, mask_T):
+    def _choose_tokens_in_groups(self, score_TE, mask_T):
         score_GTE, mask_GT = (
             token_groups.split_tokens(tensor, self.num_groups)
             for tensor in (score_TE, mask_T)
         )
-        number_G = number_real(mask_GT, ops.shape(score_GTE)[1])
-        chosen_GTE = gating.group_mask(
+        count_G = num_real_tokens(mask_GT, ops.shape(score_GTE)[1])
+        chosen_GTE = gating.batchwise_mask_in_groups(
             score_GTE,
-            tokens_per_expert(number_G, self.k, score_TE.shape[-1]),
+            tokens_per_expert(count_G, self.k, score_TE.shape[-1]),
             mask_GT,
         )
         return ops.reshape(chosen_GTE, ops.shape(score_TE))
 
-    def gates(self, weight_TE, chosen_TE, mask_T):
-        """`Gates` of dense tables; their columns fit the busiest token."""
+    def gates(
+        self, weight_TE: Tensor, chosen_TE: Tensor, mask_T: Tensor | None
+    ) -> gating.Gates:
+        """Makes `Gates` whose `K` is the largest number of experts of a token.
+
+        `K` is `E` where shapes must be static, on a mesh, and with token
+        groups.
+
+        Args:
+            weight_TE: float, gate values.
+            chosen_TE: bool, whether an expert is chosen for a token.
+            mask_T: optional bool.
+        """
         if mask_T is not None:
             chosen_TE = ops.logical_and(chosen_TE, mask_T[:, None])
-        most = chosen_TE.shape[-1]
+        max_experts = chosen_TE.shape[-1]
         static = xla.wants_static_shapes() or sharding.axes() is not None
         if self.num_groups in (None, 1) and not static:
-            number_T = ops.sum(ops.cast(chosen_TE, "int32"), axis=-1)
-            most = ops.max(number_T, initial=1)
-        return gating.of_chosen(weight_TE, chosen_TE, most)
+            count_T = ops.sum(ops.cast(chosen_TE, "int32"), axis=-1)
+            max_experts = ops.max(count_T, initial=1)
+        return gating.gates_of_chosen(weight_TE, chosen_TE, max_experts)
 
     def get_config(self):
         config = super().get_config()
@@ -71,16 +97,16 @@ class ExpertChoiceBase(router.Router):
 
 @keras.saving.register_keras_serializable(package="moe_tf")
 class ExpertChoiceRouter(ExpertChoiceBase, router.GateRouter):
-    """Every expert chooses its tokens, in training and at inference.
+    """Expert choice: every expert chooses tokens, at inference too.
 
-    Each of the `n` experts takes the `ceil(k T / n)` tokens with its largest
+    Each of the `n` experts chooses the `ceil(k T / n)` tokens with its largest
     softmax values, which are the gate values. The load is equal without any
-    loss; a token may have any number of experts. Its output depends on the
-    batch around it, at inference too: where that must not be, as in serving
-    single sentences or in a decoder, use another router.
+    loss. A token may have any number of experts. The output of a token depends
+    on the rest of the batch, at inference too, so use another router in a
+    decoder, or where sentences are served one at a time.
 
-    A token that holds NaN or infinity goes to every expert, gets NaN for its
-    gates and makes the losses of its batch NaN.
+    A token that holds NaN or infinity goes to every expert. Its gate values
+    and the losses of its batch are NaN.
 
     Args:
         num_experts: int, `E`.
@@ -114,7 +140,7 @@ class ExpertChoiceRouter(ExpertChoiceBase, router.GateRouter):
     def call(self, inputs, mask=None, training=False):
         logits_TE = self.logits(inputs)
         score_TE = gating.softmax(logits_TE)
-        chosen_TE = self.take(logits_TE, mask)
+        chosen_TE = self.choose_tokens(logits_TE, mask)
         return self.routing(
             self.gates(score_TE, chosen_TE, mask),
             mask,
@@ -125,18 +151,33 @@ class ExpertChoiceRouter(ExpertChoiceBase, router.GateRouter):
         return tokens_per_expert(num_tokens, self.k, self.num_experts)
 
 
-def log_softmax(logits):
-    """The logarithm of the softmax, which does not underflow."""
+def log_softmax(logits: Tensor) -> Tensor:
+    """Computes the logarithm of the softmax, which does not underflow."""
     return logits - ops.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def tokens_per_expert(num_tokens, k, num_experts):
-    """`m = ceil(k |X| / n)` of equation 18."""
+def tokens_per_expert(
+    num_tokens: int | Tensor, k: int, num_experts: int
+) -> int | Tensor:
+    """Returns `m = ceil(k |X| / n)` of equation 18.
+
+    Args:
+        num_tokens: int or int tensor, `|X|`.
+        k: int, mean number of experts of a token.
+        num_experts: int, `n`.
+    """
     return capacity.expert_capacity(num_tokens * k, num_experts, 1)
 
 
-def number_real(mask_T, num_tokens):
-    """Number of unmasked tokens; with a mask `(G, T)` of each group."""
+def num_real_tokens(
+    mask_T: Tensor | None, num_tokens: int | Tensor
+) -> int | Tensor:
+    """Counts the unmasked tokens; with a mask `(G, T)`, of each group.
+
+    Args:
+        mask_T: optional bool `(T,)` or `(G, T)`.
+        num_tokens: int, the count without a mask.
+    """
     if mask_T is None:
         return num_tokens
     return ops.sum(ops.cast(mask_T, "int32"), axis=-1)

@@ -1,7 +1,7 @@
-"""Which experts a token gets, with which weights: equations 3-5 and 8-10.
+"""Gating functions: equations 3-6, 8-10, 16 and 18.
 
-Noisy top-k gating and its load estimate; gates in which the number of experts
-is not the same for every token; the numbers of a batch.
+Noisy top-k gating and its load estimate; gates in which tokens have different
+numbers of experts; sums over the tokens of each expert.
 """
 
 import math
@@ -12,41 +12,57 @@ from keras import ops
 
 from moe_tf import sharding
 from moe_tf import top_k
-from moe_tf.dispatch import sorting
+from moe_tf import xla
+from moe_tf.types import Tensor
 
-# Below this the noise is as good as absent; it keeps the quotient in the load
-# estimate finite when Softplus underflows.
+# Lower bound of the noise's standard deviation in the load estimate, which
+# keeps the quotient finite when Softplus underflows.
 _SMALLEST_STD = 1e-6
 
 
 class Gates(typing.NamedTuple):
-    """What a router decides for `T` tokens.
+    """The experts of `T` tokens and their weights.
 
     Attributes:
-        weight_TK: float, the gate value of each chosen expert.
-        expert_TK: int32, the chosen experts; `num_experts`, one past the
-            last, where a token uses fewer than `K`, and everywhere for a
-            masked token, which goes nowhere. The weight there is 0.
+        weight_TK: float, the gate value of each chosen expert; 0 where there
+            is none.
+        expert_TK: int32, the chosen experts. `num_experts`, one past the last,
+            stands for no expert: where a token has fewer than `K` experts,
+            and everywhere for a masked token.
+
+    Example:
+
+    >>> gates = moe_tf.layers.Gates(
+    ...     weight_TK=np.array([[0.75, 0.25], [1.0, 0.0]]),
+    ...     expert_TK=np.array([[2, 0], [1, 3]]),  # of 3 experts
+    ... )
+    >>> gates.weight_TK.sum(axis=-1)
+    array([1., 1.])
     """
 
-    weight_TK: typing.Any
-    expert_TK: typing.Any
+    weight_TK: Tensor
+    expert_TK: Tensor
 
 
-def noisy_top_k(clean_TE, k, std_TE=None, draw_TE=None):
+def noisy_top_k(
+    clean_TE: Tensor,
+    k: int,
+    std_TE: Tensor | None = None,
+    draw_TE: Tensor | None = None,
+) -> tuple[Gates, Tensor | None]:
     """Softmax over each token's `k` largest noisy logits, equations 3-5.
 
     Args:
         clean_TE: float `(..., E)`, logits without noise.
         k: int, experts kept.
         std_TE: optional float `(..., E)`, standard deviation of the noise.
-        draw_TE: optional float `(..., E)`, normal draws, with `std_TE`; an
-            argument so that this stays a pure function.
+        draw_TE: optional float `(..., E)`, standard normal draws. Required
+            with `std_TE`; an argument so that the function is pure.
 
     Returns:
-        `(gates, chance_TE)`: `Gates` of shape `(..., k)`, and the chance that
-        each expert is chosen if only its noise is drawn again (equations 8
-        and 9), `None` without noise.
+        `(gates, probability_TE)`: `Gates` of shape `(..., k)`, and the
+        probability that each expert is chosen if its own noise alone is drawn
+        again (equations 8 and 9); `None` without noise.
     """
     num_experts = clean_TE.shape[-1]
     noisy_TE = clean_TE if std_TE is None else clean_TE + std_TE * draw_TE
@@ -59,8 +75,12 @@ def noisy_top_k(clean_TE, k, std_TE=None, draw_TE=None):
     return gates, load_probability(clean_TE, noisy_TE, std_TE, top)
 
 
-def top_k_and_next(logits_TE, k):
-    """The `k` largest logits of each token, and the one after them.
+def top_k_and_next(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Returns the `k` largest logits of each token, and the next one.
+
+    Args:
+        logits_TE: float `(..., E)`.
+        k: int, experts kept.
 
     Returns:
         `(top, expert_TK)`: `top` is float `(..., k + 1)` in descending order,
@@ -68,59 +88,19 @@ def top_k_and_next(logits_TE, k):
         `expert_TK` are the int32 experts of the first `k`. Of equal logits
         the first expert comes first.
     """
-    num_experts = logits_TE.shape[-1]
-    most = min(k + 1, num_experts)
-    narrow = top_k.narrow_top_k_pays(num_experts)
-    if narrow:
-        expert = top_k.narrow_top_k(logits_TE, most)
-    else:
-        top, expert = ops.top_k(logits_TE, most)
-    if narrow or sharding.axes() is not None:
-        top = entries(logits_TE, expert)  # on a mesh for its gradient
-    # GPUs leave a slice of int32 to the host.
-    return top, ops.cast(sorting.as_index(expert)[..., :k], "int32")
+    top, expert = top_k.small_top_k(logits_TE, min(k + 1, logits_TE.shape[-1]))
+    # Sliced first: GPUs leave a slice of int32 to the host.
+    return top, ops.cast(expert[..., :k], "int32")
 
 
-def entries(x_TE, index_TK):
-    """The entries of each token at its indices, `(..., K)`."""
-    leading = len(index_TK.shape) - 1
-
-    def gather(x_TE):
-        return tf.gather(x_TE, index_TK, batch_dims=leading)
-
-    if sharding.axes() is None:
-        return gather(x_TE)
-
-    # On a mesh the gradient of a gather would be a scatter by every device of
-    # the tokens of all.
-    @tf.custom_gradient
-    def picked(x_TE):
-        def gradient(dy_TK):
-            return _spread(dy_TK, index_TK, x_TE.shape[-1])
-
-        return gather(x_TE), gradient
-
-    return picked(x_TE)
-
-
-def _spread(y_TK, index_TK, size):
-    """Zeros `(..., E)` with `y` added at the indices, column by column."""
-    index_TK = sorting.as_index(index_TK)
-    return sum(
-        y_TK[..., j, None]
-        * ops.one_hot(index_TK[..., j], size, dtype=y_TK.dtype)
-        for j in range(index_TK.shape[-1])
-    )
-
-
-def softmax(logits):
-    """Softmax over the last axis."""
+def softmax(logits: Tensor) -> Tensor:
+    """Computes the softmax over the last axis."""
     # Written out because `ops.softmax` warns of an axis of one, `k = 1`.
     return ops.exp(logits - ops.logsumexp(logits, axis=-1, keepdims=True))
 
 
-def masked(gates, num_experts, mask_T):
-    """The gates without the tokens where the optional mask is `False`."""
+def mask_gates(gates: Gates, num_experts: int, mask_T: Tensor | None) -> Gates:
+    """Takes tokens out of the gates where the optional mask is `False`."""
     if mask_T is None:
         return gates
     keep_T1 = mask_T[:, None]
@@ -131,33 +111,38 @@ def masked(gates, num_experts, mask_T):
     )
 
 
-def batchwise_mask(score_TE, num_chosen, most, mask_T=None):
-    """Which tokens are among the largest of an expert's column, equation 18.
+def batchwise_mask(
+    score_TE: Tensor,
+    num_chosen: int | Tensor,
+    max_chosen: int | Tensor,
+    mask_T: Tensor | None = None,
+) -> Tensor:
+    """Marks the tokens with the largest scores of each expert, equation 18.
 
-    Of equal scores the earlier token is the larger. A token whose scores are
-    NaN is taken first, so that it shows in what follows.
+    Of equal scores that of the earlier token counts as larger. NaN counts as
+    the largest score, so that it reaches the outputs and is noticed.
 
     Args:
         score_TE: float.
-        num_chosen: int or int32 scalar, `m`: how many every expert takes.
-        most: int, or int32 scalar outside XLA, at least `num_chosen` and at
-            most `T`; the shapes depend on it.
-        mask_T: optional bool; masked tokens are not taken. `num_chosen` is
-            at most the number of the others.
+        num_chosen: int or int32 scalar, `m`, tokens that each expert chooses.
+        max_chosen: int, or int32 scalar outside XLA, at least `num_chosen`
+            and at most `T`; shapes depend on it.
+        mask_T: optional bool; masked tokens are not chosen. `num_chosen` is
+            at most the number of unmasked tokens.
 
     Returns:
-        bool `(T, E)` with `num_chosen` true entries in every column.
+        bool `(T, E)` with `num_chosen` true entries for each expert.
     """
     num_tokens, num_experts = ops.shape(score_TE)
     top = ops.full_like(score_TE, float("inf"))
     score_TE = ops.where(ops.isnan(score_TE), top, score_TE)
     if mask_T is not None:
         score_TE = ops.where(mask_T[:, None], score_TE, -top)
-    _, token_EC = tf.math.top_k(ops.transpose(score_TE), most)
+    _, token_EC = tf.math.top_k(ops.transpose(score_TE), max_chosen)
     expert_E1 = ops.arange(num_experts, dtype="int32")[:, None]
     index_EC = token_EC * num_experts + expert_E1
     taken_EC = ops.broadcast_to(
-        ops.arange(most) < num_chosen, ops.shape(index_EC)
+        ops.arange(max_chosen) < num_chosen, ops.shape(index_EC)
     )
     chosen = tf.scatter_nd(
         ops.reshape(index_EC, (-1, 1)),
@@ -167,12 +152,14 @@ def batchwise_mask(score_TE, num_chosen, most, mask_T=None):
     return ops.reshape(chosen, (num_tokens, num_experts)) > 0
 
 
-def group_mask(score_GTE, num_chosen_G, mask_GT=None):
-    """`batchwise_mask` of each group of tokens by itself.
+def batchwise_mask_in_groups(
+    score_GTE: Tensor, num_chosen_G: Tensor, mask_GT: Tensor | None = None
+) -> Tensor:
+    """Computes `batchwise_mask` in each token group separately.
 
     Args:
         score_GTE: float.
-        num_chosen_G: int or int32, `m` of each group.
+        num_chosen_G: int32, `m` of each group; or one int for all.
         mask_GT: optional bool.
 
     Returns:
@@ -191,11 +178,18 @@ def group_mask(score_GTE, num_chosen_G, mask_GT=None):
     return ops.transpose(chosen_GET, (0, 2, 1))
 
 
-def renormalised(logits_TE, chosen_TE):
+def softmax_over_chosen(logits_TE: Tensor, chosen_TE: Tensor) -> Tensor:
     """Softmax over the chosen experts alone, equation 16.
 
-    A token without an expert has zeros. From logits, since a softmax over
-    all experts may leave nothing to divide by.
+    Computed from logits, since the softmax over all experts may underflow to
+    0 for each chosen expert.
+
+    Args:
+        logits_TE: float `(..., E)`.
+        chosen_TE: bool `(..., E)`.
+
+    Returns:
+        float `(..., E)`; zeros for a token without an expert.
     """
     lowest = -float("inf")
     top_T1 = ops.max(
@@ -212,34 +206,39 @@ def renormalised(logits_TE, chosen_TE):
     return kept_TE / ops.where(some_T1, total_T1, 1)
 
 
-def of_chosen(weight_TE, chosen_TE, most):
-    """`Gates` of a dense table in which tokens may differ in their experts.
+def gates_of_chosen(
+    weight_TE: Tensor, chosen_TE: Tensor, max_experts: int | Tensor
+) -> Gates:
+    """Makes `Gates` where tokens may have different numbers of experts.
 
     Args:
         weight_TE: float, gate values.
-        chosen_TE: bool, which experts each token goes to.
-        most: int or int32 scalar, the most experts of any token: `K`.
+        chosen_TE: bool, whether an expert is chosen for a token.
+        max_experts: int or int32 scalar, `K`, at least the number of experts
+            of any token.
 
     Returns:
-        `Gates`, each token's experts in their order.
+        `Gates`, in which each token's experts are in ascending order.
     """
     num_experts = chosen_TE.shape[-1]
-    # The largest of zeros and ones are the chosen ones, the first first.
-    _, expert_TK = tf.math.top_k(ops.cast(chosen_TE, "int32"), most)
+    # The ones are the largest entries, and of equal entries the first is first.
+    _, expert_TK = tf.math.top_k(ops.cast(chosen_TE, "int32"), max_experts)
     used_TK = tf.gather(chosen_TE, expert_TK, batch_dims=1)
-    weight_TK = entries(weight_TE, expert_TK)
+    weight_TK = top_k.take_entries(weight_TE, expert_TK)
     return Gates(
         ops.where(used_TK, weight_TK, ops.zeros_like(weight_TK)),
         ops.where(used_TK, expert_TK, ops.full_like(expert_TK, num_experts)),
     )
 
 
-def load_probability(clean_TE, noisy_TE, std_TE, top):
-    """Chance that an expert is chosen if only its noise is drawn again.
+def load_probability(
+    clean_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, top: Tensor
+) -> Tensor:
+    """Probability that an expert is chosen if its noise alone is drawn again.
 
     Equations 8 and 9: the normal CDF of (clean logit - threshold) / noise
     deviation, where the threshold is the `k`-th largest *noisy* logit of the
-    other experts. It is smooth in the logits of all experts, chosen or not.
+    other experts. The probability is smooth in the logits of all experts.
 
     Args:
         clean_TE: float `(..., E)`, logits before the noise.
@@ -257,29 +256,32 @@ def load_probability(clean_TE, noisy_TE, std_TE, top):
     return normal_cdf((clean_TE - threshold_TE) / std_TE)
 
 
-def importance(gates, num_experts):
-    """Sum of each expert's gate values over the batch, equation 6: `(E,)`."""
+def importance(gates: Gates, num_experts: int) -> Tensor:
+    """Sums the gate values of each expert, equation 6: `(E,)`."""
     return sum_by_expert(gates.weight_TK, gates.expert_TK, num_experts)
 
 
-def assigned(gates, num_experts):
-    """Number of tokens that chose each expert, float `(E,)`."""
+def count_assigned(gates: Gates, num_experts: int) -> Tensor:
+    """Counts the tokens that chose each expert: float `(E,)`."""
     ones_TK = ops.ones_like(gates.weight_TK)
     return sum_by_expert(ones_TK, gates.expert_TK, num_experts)
 
 
-def sum_by_expert(value, expert, num_experts):
-    """Sums `value` over the entries of each expert: `(E, ...)`.
+def sum_by_expert(value: Tensor, expert: Tensor, num_experts: int) -> Tensor:
+    """Sums `value` over the entries of each expert.
 
     Args:
-        value: float, the shape of `expert` and any further axes.
-        expert: int32; entries of `num_experts` count nowhere.
+        value: float, of the shape of `expert`, perhaps with further axes.
+        expert: int32; entries of `num_experts` are left out.
         num_experts: int, `E`.
+
+    Returns:
+        float `(E, ...)`.
     """
     if sharding.axes() is not None:
         return _sum_on_mesh(value, expert, num_experts)
     further = ops.shape(value)[len(expert.shape) :]
-    # Entries that count nowhere make a last segment, which is cut.
+    # Entries of `num_experts` form a last segment, which is cut off.
     sums = ops.segment_sum(
         ops.reshape(value, (-1, *further)),
         ops.reshape(expert, (-1,)),
@@ -289,20 +291,20 @@ def sum_by_expert(value, expert, num_experts):
 
 
 def _sum_on_mesh(value_TK, expert_TK, num_experts):
-    """Sums that each device takes of its own tokens before they are added."""
+    """Sums on each device over its own tokens, then over the devices."""
     further = len(value_TK.shape) - len(expert_TK.shape)
-    expert_TK = sorting.as_index(expert_TK)
+    expert_TK = xla.as_index(expert_TK)
 
-    def column(j):
+    def value_of_choice(j):
         hot_TE = ops.one_hot(expert_TK[:, j], num_experts, dtype=value_TK.dtype)
         for _ in range(further):
             hot_TE = hot_TE[..., None]
         return hot_TE * value_TK[:, j, None]
 
-    columns = range(expert_TK.shape[1])
-    return ops.sum(sum(column(j) for j in columns), axis=0)
+    choices = range(expert_TK.shape[1])
+    return ops.sum(sum(value_of_choice(j) for j in choices), axis=0)
 
 
-def normal_cdf(z):
+def normal_cdf(z: Tensor) -> Tensor:
     """Cumulative distribution function of the standard normal."""
     return 0.5 * (1.0 + ops.erf(z / math.sqrt(2.0)))

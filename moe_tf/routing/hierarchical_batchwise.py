@@ -18,37 +18,38 @@ from moe_tf.routing import two_level
 class HierarchicalBatchwiseRouter(
     batchwise.ThresholdRouter, two_level.TwoLevelRouter
 ):
-    """Strictly balanced gating of `P` groups, and of `Q` experts in each.
+    """Strictly balanced gating of `P` branches, and of `Q` experts in each.
 
-    The paper trains its models of one language pair with this, but leaves
-    open how the two appendices compose. Here each level is a gate of
-    appendix F over the tokens that come to it:
+    The paper trains its models of one language pair with this router, but
+    does not describe how the two appendices compose. Here each level is a
+    gate of appendix F over the tokens that reach the level.
 
-    In training each group takes the `m_P = ceil(k |X| / P)` tokens of the
+    In training each branch chooses the `m_P = ceil(k |X| / P)` tokens of the
     batch with its largest values of the primary softmax (equation 18). Of
-    these `X_i`, `m_P` in every group, each of its experts takes the
-    `m_Q = ceil(k m_P / Q)` with its largest values of the group's own
-    softmax. So every expert gets the same number of tokens, and a token goes
-    to `k * k` experts on average, perhaps to none: then the layer's output is
-    zero. Otherwise thresholds choose at both levels (equation 19), whatever
-    else is in the batch. At each level the chosen values are divided by their
-    sum (equation 16), and an expert's weight is the product of its two
-    (equation 12). Expert `j` of group `i` is expert `i * Q + j`. There is no
-    noise.
+    these `m_P` tokens `X_i`, each expert of the branch chooses the
+    `m_Q = ceil(k m_P / Q)` tokens with its largest values of the branch's own
+    softmax. Every expert thus gets the same number of tokens, and a token has
+    `k * k` experts on average, perhaps none: then the layer's output is zero.
+
+    At inference thresholds choose at both levels (equation 19), independent
+    of the rest of the batch. At each level the values of the chosen are
+    divided by their sum (equation 16), and the weight of an expert is the
+    product of its two values (equation 12). Expert `j` of branch `i` is expert
+    `i * Q + j`. There is no noise.
 
     The thresholds start at `1 / P` and `1 / Q`. The sum of equation 20 over
-    the primary gate and all secondary ones, each over its own tokens, trains
-    them, and only them; see `BatchwiseRouter` on its weight, and on what XLA
-    reserves outside training.
+    the primary gate and all secondary gates, each over its own tokens, trains
+    the thresholds alone. See `BatchwiseRouter` on the weight of equation 20,
+    and on the slots that XLA reserves at inference.
 
-    In training only the gates of chosen groups are computed; at inference,
-    on a mesh and with groups of tokens (`num_groups`), all are.
+    In training only the gates of chosen branches are computed. At inference,
+    on a mesh and with token groups (`num_groups`), all gates are computed.
 
-    A token that holds NaN or infinity goes to every expert, gets NaN for its
-    gates and makes the losses of its batch NaN.
+    A token that holds NaN or infinity goes to every expert. Its gate values
+    and the losses of its batch are NaN.
 
     Args:
-        branching: pair of ints `(P, Q)`, groups and experts in each group.
+        branching: pair of ints `(P, Q)`, branches and experts in each branch.
         k: int, mean number of choices at each level, at most `P` and at most
             `Q`. Defaults to `2`.
         importance_weight: float, weight of the importance loss over all
@@ -80,23 +81,23 @@ class HierarchicalBatchwiseRouter(
         )
 
     def build(self, input_shape):
-        num_groups, group_size = self.branching
+        num_branches, branch_size = self.branching
         width = input_shape[-1]
         self.primary_gate_DP = self.add_weight(
-            shape=(width, num_groups),
+            shape=(width, num_branches),
             initializer=_small(input_axes=[0], output_axes=[1]),
             name="primary_gate_kernel",
         )
         self.secondary_gate_PDQ = self.add_weight(
-            shape=(num_groups, width, group_size),
+            shape=(num_branches, width, branch_size),
             initializer=_small(input_axes=[1], output_axes=[2]),
             name="secondary_gate_kernel",
         )
         self.threshold_P = self.add_thresholds(
-            (num_groups,), "primary_thresholds"
+            (num_branches,), "primary_thresholds"
         )
         self.threshold_PQ = self.add_thresholds(
-            (num_groups, group_size), "secondary_thresholds"
+            (num_branches, branch_size), "secondary_thresholds"
         )
         self.built = True
 
@@ -104,22 +105,22 @@ class HierarchicalBatchwiseRouter(
         logits_TP = ops.matmul(inputs, self.primary_gate_DP)
         score_TP = gating.softmax(logits_TP)
         if training:
-            chosen_TP = self.take(logits_TP, mask)
+            chosen_TP = self.choose_tokens(logits_TP, mask)
         else:
-            chosen_TP = batchwise.passes(score_TP, self.threshold_P)
+            chosen_TP = batchwise.passes_threshold(score_TP, self.threshold_P)
         if mask is not None:
             chosen_TP = ops.logical_and(chosen_TP, mask[:, None])
         primary_loss = losses.batchwise_loss(
             score_TP, self.threshold_P, chosen_TP, mask
         )
-        one_group = self.num_groups in (None, 1) and sharding.axes() is None
-        if training and one_group:
+        is_one_group = self.num_groups in (None, 1) and sharding.axes() is None
+        if training and is_one_group:
             within = self._within_chosen(inputs, chosen_TP, mask)
         else:
             within = self._within_all(inputs, chosen_TP, mask, training)
         weight_TPQ, chosen_TPQ, secondary_loss = within
 
-        weight_TP = gating.renormalised(logits_TP, chosen_TP)
+        weight_TP = gating.softmax_over_chosen(logits_TP, chosen_TP)
         flat = (-1, self.num_experts)
         gates = self.gates(
             ops.reshape(weight_TP[..., None] * weight_TPQ, flat),
@@ -131,27 +132,35 @@ class HierarchicalBatchwiseRouter(
         )
 
     def _within_all(self, x_TD, chosen_TP, mask_T, training):
-        """The secondary gates, all of them for every token.
+        """Chooses experts in the chosen branches, from all secondary gates.
 
         Returns:
-            `(weight_TPQ, chosen_TPQ, loss)`: the gate values and which
-            experts are chosen, and equation 20 over all groups.
+            `(weight_TPQ, chosen_TPQ, loss)`: the gate values, whether an
+            expert is chosen, and equation 20 summed over all branches.
         """
-        logits_TPQ = two_level.of_all(x_TD, self.secondary_gate_PDQ)
+        logits_TPQ = two_level.matmul_of_all_branches(
+            x_TD, self.secondary_gate_PDQ
+        )
         score_TPQ = gating.softmax(logits_TPQ)
         if training:
-            chosen_TPQ = self._take_within(logits_TPQ, chosen_TP, mask_T)
+            chosen_TPQ = self._choose_tokens_within(
+                logits_TPQ, chosen_TP, mask_T
+            )
         else:
             chosen_TPQ = ops.logical_and(
-                batchwise.passes(score_TPQ, self.threshold_PQ),
+                batchwise.passes_threshold(score_TPQ, self.threshold_PQ),
                 chosen_TP[..., None],
             )
         loss = losses.batchwise_loss(
             score_TPQ, self.threshold_PQ, chosen_TPQ, chosen_TP
         )
-        return gating.renormalised(logits_TPQ, chosen_TPQ), chosen_TPQ, loss
+        return (
+            gating.softmax_over_chosen(logits_TPQ, chosen_TPQ),
+            chosen_TPQ,
+            loss,
+        )
 
-    def _take_within(self, logits_TPQ, chosen_TP, mask_T):
+    def _choose_tokens_within(self, logits_TPQ, chosen_TP, mask_T):
         score_TPQ = ops.where(
             chosen_TP[..., None],
             expert_choice.log_softmax(logits_TPQ),
@@ -164,39 +173,46 @@ class HierarchicalBatchwiseRouter(
                 mask_T,
             )
         )
-        number_G = expert_choice.number_real(mask_GT, ops.shape(score_GTE)[1])
-        most_G = self._tokens_an_expert(number_G)
-        chosen_GTE = gating.group_mask(score_GTE, most_G)
+        count_G = expert_choice.num_real_tokens(
+            mask_GT, ops.shape(score_GTE)[1]
+        )
+        num_chosen_G = self._tokens_per_expert(count_G)
+        chosen_GTE = gating.batchwise_mask_in_groups(score_GTE, num_chosen_G)
         return ops.reshape(chosen_GTE, ops.shape(score_TPQ))
 
     def _within_chosen(self, x_TD, chosen_TP, mask_T):
-        """What `_within_all` gives, from the gates of chosen groups alone."""
-        num_groups, group_size = self.branching
+        """Does the same as `_within_all`, from the gates of chosen branches."""
+        num_branches, branch_size = self.branching
         num_tokens = ops.shape(x_TD)[0]
-        most = expert_choice.tokens_per_expert(num_tokens, self.k, num_groups)
-        number = expert_choice.tokens_per_expert(
-            expert_choice.number_real(mask_T, num_tokens), self.k, num_groups
+        max_tokens = expert_choice.tokens_per_expert(
+            num_tokens, self.k, num_branches
+        )
+        count = expert_choice.tokens_per_expert(
+            expert_choice.num_real_tokens(mask_T, num_tokens),
+            self.k,
+            num_branches,
         )
         ones_TP = ops.ones(ops.shape(chosen_TP), x_TD.dtype)
-        group_TK = self.gates(ones_TP, chosen_TP, mask_T).expert_TK
-        logits_SQ, plan = two_level.of_chosen(
-            x_TD, group_TK, self.secondary_gate_PDQ, most
+        branch_TK = self.gates(ones_TP, chosen_TP, mask_T).expert_TK
+        logits_SQ, plan = two_level.matmul_of_chosen_branches(
+            x_TD, branch_TK, self.secondary_gate_PDQ, max_tokens
         )
-        # Each group has `number` tokens; XLA reserves slots for `most`.
-        slots = most if xla.wants_static_shapes() else number
+        # Each branch has `count` tokens; XLA reserves `max_tokens` slots.
+        slots = max_tokens if xla.wants_static_shapes() else count
         token_S = ops.cast(plan.token_S, "int32")
         token_PC = ops.reshape(
-            token_S[: num_groups * slots], (num_groups, slots)
+            token_S[: num_branches * slots], (num_branches, slots)
         )
         logits_PCQ = ops.reshape(
-            logits_SQ[: num_groups * slots], (num_groups, slots, group_size)
+            logits_SQ[: num_branches * slots],
+            (num_branches, slots, branch_size),
         )
         taken_PC = ops.broadcast_to(
-            ops.arange(slots, dtype="int32") < number, (num_groups, slots)
+            ops.arange(slots, dtype="int32") < count, (num_branches, slots)
         )
-        chosen_PCQ = gating.group_mask(
+        chosen_PCQ = gating.batchwise_mask_in_groups(
             expert_choice.log_softmax(logits_PCQ),
-            expert_choice.tokens_per_expert(number, self.k, group_size),
+            expert_choice.tokens_per_expert(count, self.k, branch_size),
             taken_PC,
         )
         loss = losses.batchwise_loss(
@@ -206,43 +222,45 @@ class HierarchicalBatchwiseRouter(
             taken_PC,
         )
         weight_TPQ = _by_token(
-            gating.renormalised(logits_PCQ, chosen_PCQ), token_PC, num_tokens
+            gating.softmax_over_chosen(logits_PCQ, chosen_PCQ),
+            token_PC,
+            num_tokens,
         )
         chosen_TPQ = _by_token(
             ops.cast(chosen_PCQ, "int32"), token_PC, num_tokens
         )
         return weight_TPQ, chosen_TPQ > 0, loss
 
-    def _tokens_an_expert(self, num_tokens):
-        for number in self.branching:
+    def _tokens_per_expert(self, num_tokens):
+        for num_choosers in self.branching:
             num_tokens = expert_choice.tokens_per_expert(
-                num_tokens, self.k, number
+                num_tokens, self.k, num_choosers
             )
         return num_tokens
 
     def max_tokens_per_expert(self, num_tokens, training):
-        return self._tokens_an_expert(num_tokens) if training else None
+        return self._tokens_per_expert(num_tokens) if training else None
 
 
 def _small(**axes):
-    """As of a `GateRouter`: near zero, where all tokens would tie."""
+    """Initializer near zero: at zero all tokens would tie."""
     return keras.initializers.VarianceScaling(
         0.1, "fan_in", "truncated_normal", **axes
     )
 
 
 def _by_token(value_PCQ, token_PC, num_tokens):
-    """The values of each token in each group, `(T, P, Q)`; zeros elsewhere.
+    """Scatters slots to tokens: `(T, P, Q)`, zeros where there is no slot.
 
-    No group has a token twice. Empty slots, whose token is none, hold zeros.
+    No branch has a token twice. Empty slots must hold zeros.
     """
-    num_groups, slots, group_size = ops.shape(value_PCQ)
-    group_PC = ops.broadcast_to(
-        ops.arange(num_groups, dtype="int32")[:, None], (num_groups, slots)
+    num_branches, slots, branch_size = ops.shape(value_PCQ)
+    branch_PC = ops.broadcast_to(
+        ops.arange(num_branches, dtype="int32")[:, None], (num_branches, slots)
     )
     token_PC = ops.minimum(token_PC, num_tokens - 1)
     return tf.scatter_nd(
-        ops.stack([token_PC, group_PC], axis=-1),
+        ops.stack([token_PC, branch_PC], axis=-1),
         value_PCQ,
-        (num_tokens, num_groups, group_size),
+        (num_tokens, num_branches, branch_size),
     )

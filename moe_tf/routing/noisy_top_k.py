@@ -1,4 +1,4 @@
-"""Noisy top-k gating, the paper's own router."""
+"""Router of noisy top-k gating, section 2.1 of the paper."""
 
 import keras
 from keras import ops
@@ -11,13 +11,13 @@ from moe_tf.routing import router
 class NoisyTopKRouter(router.Router):
     """Chooses `k` of `num_experts` experts for every token, equations 3-5.
 
-    Noise is drawn only when `training`. Both kernels start at zero, so that
-    the load starts balanced (appendix A). In training the layer adds the
+    Noise is drawn only in training. Both kernels start at zero, so that the
+    load starts balanced (appendix A). In training `SparseMoE` adds the
     importance loss (equation 7) and the load loss (equation 11), weighted
     and taken over the whole batch.
 
-    A token that holds NaN or infinity gets NaN for its gates, and makes the
-    losses of its batch NaN.
+    If a token holds NaN or infinity, its gate values and the losses of its
+    batch are NaN.
 
     Args:
         num_experts: int, `E`.
@@ -75,12 +75,12 @@ class NoisyTopKRouter(router.Router):
                 ops.shape(clean_TE), dtype=self.dtype, seed=self.seed_generator
             )
             noise = std_TE, draw_TE
-        gates, chance_TE = gating.noisy_top_k(clean_TE, self.k, *noise)
-        load_E = None  # without noise it is counted
+        gates, probability_TE = gating.noisy_top_k(clean_TE, self.k, *noise)
+        load_E = None  # Without noise `routing` counts the tokens.
         if training:
             if mask is not None:
-                chance_TE *= ops.cast(mask, chance_TE.dtype)[:, None]
-            load_E = ops.sum(chance_TE, axis=0)
+                probability_TE *= ops.cast(mask, probability_TE.dtype)[:, None]
+            load_E = ops.sum(probability_TE, axis=0)
         return self.routing(gates, mask, load_E=load_E, logits_TE=clean_TE)
 
     def get_config(self):

@@ -139,10 +139,10 @@ class Router(keras.layers.Layer):
         """
         weight_TK, expert_TK = gates
         gates = gating.Gates(weight_TK, ops.cast(expert_TK, "int32"))
-        gates = gating.masked(gates, self.num_experts, mask)
+        gates = gating.mask_gates(gates, self.num_experts, mask)
         importance_E = gating.importance(gates, self.num_experts)
         if load_E is None:
-            load_E = gating.assigned(gates, self.num_experts)
+            load_E = gating.count_assigned(gates, self.num_experts)
         losses.setdefault("load_loss", balance_losses.cv_squared(load_E))
         losses["importance_loss"] = balance_losses.cv_squared(importance_E)
         if self.z_loss_weight:

@@ -3,6 +3,7 @@
 import keras
 
 from moe_tf import losses
+from moe_tf import top_k
 from moe_tf.routing import gating
 from moe_tf.routing import router
 
@@ -55,10 +56,10 @@ class SoftmaxTopKRouter(router.GateRouter):
     def call(self, inputs, mask=None, training=False):
         logits_TE = self.logits(inputs)
         probability_TE = gating.softmax(logits_TE)
-        gates = gating.masked(
+        gates = gating.mask_gates(
             self.gates(logits_TE, probability_TE), self.num_experts, mask
         )
-        load_E = gating.assigned(gates, self.num_experts)
+        load_E = gating.count_assigned(gates, self.num_experts)
         return self.routing(
             gates,
             mask,
@@ -118,5 +119,5 @@ class SwitchRouter(SoftmaxTopKRouter):
     def gates(self, logits_TE, probability_TE):
         _, expert_TK = gating.top_k_and_next(logits_TE, 1)
         return gating.Gates(
-            gating.entries(probability_TE, expert_TK), expert_TK
+            top_k.take_entries(probability_TE, expert_TK), expert_TK
         )

@@ -1,4 +1,4 @@
-"""What routers of two levels have in common, appendix B."""
+"""Base class of the routers of two levels, appendix B."""
 
 import warnings
 
@@ -6,37 +6,39 @@ import tensorflow as tf
 
 from moe_tf import checks
 from moe_tf import sharding
+from moe_tf import xla
 from moe_tf.dispatch import grouped
 from moe_tf.dispatch import plans
-from moe_tf.dispatch import sorting
+from moe_tf.dispatch.plan import Plan
 from moe_tf.routing import router
+from moe_tf.types import Tensor
 
 
 class TwoLevelRouter(router.Router):
-    """Chooses among `P` groups, and in each among its `Q` experts.
+    """Chooses among `P` branches, and in each branch among its `Q` experts.
 
-    Expert `j` of group `i` is expert `i * Q + j`.
+    Expert `j` of branch `i` is expert `i * Q + j`.
 
     Args:
         branching: pair of ints `(P, Q)`.
-        k: int, kept at each level, at most `P` and at most `Q`.
-        **kwargs: those of `Router` but for `z_loss_weight`.
+        k: int, choices at each level, at most `P` and at most `Q`.
+        **kwargs: those of `Router` except `z_loss_weight`.
     """
 
-    def __init__(self, branching, k, **kwargs):
+    def __init__(self, branching: tuple[int, int], k: int, **kwargs):
         if "z_loss_weight" in kwargs:
             raise ValueError(
                 "`z_loss_weight` is for routers of one level; leave it out. "
                 f"Received: z_loss_weight={kwargs['z_loss_weight']}"
             )
-        groups, group_size = check_branching(branching)
-        super().__init__(groups * group_size, k, **kwargs)
-        if k > min(groups, group_size):
+        num_branches, branch_size = check_branching(branching)
+        super().__init__(num_branches * branch_size, k, **kwargs)
+        if k > min(num_branches, branch_size):
             raise ValueError(
-                "`k` must be at most the number of groups and of experts in "
-                f"a group. Received: k={k}, branching={branching}"
+                "`k` must be at most the number of branches and of experts in "
+                f"a branch. Received: k={k}, branching={branching}"
             )
-        self.branching = groups, group_size
+        self.branching = num_branches, branch_size
         self.experts_per_token = k * k
 
     def get_config(self):
@@ -46,78 +48,90 @@ class TwoLevelRouter(router.Router):
         return {**config, "branching": self.branching}
 
 
-def of_chosen(x_TD, group_TK, kernel_PDQ, most=None):
-    """Products of each token with the kernels of its groups alone.
+def matmul_of_chosen_branches(
+    x_TD: Tensor,
+    branch_TK: Tensor,
+    kernel_PDQ: Tensor,
+    max_tokens: int | Tensor | None = None,
+) -> tuple[Tensor, Plan]:
+    """Multiplies each token with the kernels of its branches alone.
 
     Args:
         x_TD: float.
-        group_TK: int32, the groups of each token; `P` for none.
+        branch_TK: int32, the branches of each token; `P` for none.
         kernel_PDQ: float.
-        most: optional int, the most tokens of any group.
+        max_tokens: optional int, the largest number of tokens of a branch.
 
     Returns:
-        `(y_SQ, plan)`: the products group by group, and the plan of `plans`
-        that says which slot is which token's.
+        `(y_SQ, plan)`: the products by slot, and the plan that assigns the
+        tokens to the slots, in which branches take the place of experts.
     """
-    group_TK = sorting.as_index(group_TK)
-    plan = plans.plan_dropless(group_TK, kernel_PDQ.shape[0], most)
+    branch_TK = xla.as_index(branch_TK)
+    plan = plans.plan_dropless(branch_TK, kernel_PDQ.shape[0], max_tokens)
     x_SD = plan.dispatch(x_TD)
     y_SQ = plan.apply(grouped.matmul, x_SD, [kernel_PDQ])
     return y_SQ, plan
 
 
-def of_all(x_TD, kernel_PDQ):
-    """Products of each token with the kernels of all groups: `(T, P, Q)`."""
+def matmul_of_all_branches(x_TD: Tensor, kernel_PDQ: Tensor) -> Tensor:
+    """Multiplies each token with the kernels of all branches: `(T, P, Q)`."""
     return tf.einsum("TD,PDQ->TPQ", x_TD, kernel_PDQ)
 
 
-def check_branching(branching):
-    """The two numbers of `branching`, checked."""
+def check_branching(branching: tuple[int, int]) -> tuple[int, int]:
+    """Returns `branching`, or raises `ValueError` if it is no pair of sizes."""
     try:
-        groups, group_size = branching
+        num_branches, branch_size = branching
     except (TypeError, ValueError):
         raise ValueError(
-            "`branching` must be a pair, groups and experts in each group. "
+            "`branching` must be a pair, branches and experts in each branch. "
             f"Received: branching={branching}"
         ) from None
-    checks.at_least("branching[0]", groups, 1)
-    checks.at_least("branching[1]", group_size, 1)
-    return groups, group_size
+    checks.at_least("branching[0]", num_branches, 1)
+    checks.at_least("branching[1]", branch_size, 1)
+    return num_branches, branch_size
 
 
-def describe_spread_branches(branching, axes):
-    """Says that the experts of a group lie on several devices.
+def describe_split_branches(
+    branching: tuple[int, int], axes: dict[str, int]
+) -> str | None:
+    """Returns a message if the experts of a branch are on several devices.
 
-    In appendix B of the paper each group has a device, so that what the
-    secondary gate chooses is computed where the token has been sent.
+    In appendix B of the paper each branch has a device of its own, so a token
+    is sent to the devices of its branches only. The results are the same
+    either way.
 
     Args:
-        branching: pair of ints, groups and experts in each.
+        branching: pair of ints, branches and experts in each branch.
         axes: dict from axis to size.
 
     Returns:
-        The end of a sentence about them; None where each lies on one.
+        A predicate, whose subject is the branches; `None` where each branch
+        is on one device.
     """
     axis = sharding.expert_axis(axes)
     if branching[0] % axes[axis] == 0:
         return None
     nearest = sharding.nearest_sizes(branching[0], axes[axis])
     return (
-        f"spread over devices; each lies on one where the axis `{axis}` "
-        f"divides branching[0], {axis}={nearest} say. "
+        f"spread over devices; each is on one device if the axis `{axis}` "
+        f"divides branching[0], such as {axis}={nearest}. "
         f"Received: branching={branching}, axes={axes}"
     )
 
 
-def warn_of_spread_branches(layer, branching, axes):
-    """Warns where the experts of a group lie on several devices.
+def warn_of_split_branches(
+    layer: str, branching: tuple[int, int], axes: dict[str, int]
+) -> None:
+    """Warns if the experts of a branch are on several devices.
 
     Args:
-        layer: str, its name.
-        branching, axes: as for `describe_spread_branches`.
+        layer: str, the layer's name.
+        branching, axes: see `describe_split_branches`.
     """
-    told = describe_spread_branches(branching, axes)
-    if told is not None:
+    message = describe_split_branches(branching, axes)
+    if message is not None:
         warnings.warn(
-            f"Groups of experts of the layer {layer} are {told}", stacklevel=2
+            f"Branches of experts of the layer {layer} are {message}",
+            stacklevel=2,
         )

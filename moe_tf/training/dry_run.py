@@ -185,11 +185,11 @@ def _sent_rows(sizes, config, axes):
                 f"{_format_bytes(sent)}, {collectives}",
             )
         )
-        spread = layer.branching and two_level.describe_spread_branches(
+        spread = layer.branching and two_level.describe_split_branches(
             layer.branching, axes
         )
         if spread:
-            rows.append(("    its groups of experts are", spread))
+            rows.append(("    its branches of experts are", spread))
     return rows
 
 

@@ -132,7 +132,7 @@ def test_an_experts_choice_in_groups_is_that_in_each():
     score_GTE[0, 2] = np.nan
     mask_GT = rng.random((3, 9)) < 0.8
     number_G = np.array([0, 2, 4], "int32")
-    got = gating.group_mask(score_GTE, number_G, mask_GT)
+    got = gating.batchwise_mask_in_groups(score_GTE, number_G, mask_GT)
     for g in range(3):
         want = gating.batchwise_mask(
             score_GTE[g], number_G[g], int(number_G[g]), mask_GT[g]

@@ -17,7 +17,7 @@ def draw(seed, *shape):
 
 def route(noisy_TE, k, mask_T=None):
     gates, _ = gating.noisy_top_k(noisy_TE, k)
-    return gating.masked(gates, noisy_TE.shape[-1], mask_T)
+    return gating.mask_gates(gates, noisy_TE.shape[-1], mask_T)
 
 
 def dense(gates, num_experts):
@@ -54,7 +54,7 @@ def test_masked_tokens_have_no_expert_and_count_nowhere():
     alone = route(noisy_TE[mask_T], 2)
     assert (np.asarray(gates.expert_TK)[~mask_T] == 5).all()
     assert (np.asarray(gates.weight_TK)[~mask_T] == 0).all()
-    for count in (gating.importance, gating.assigned):
+    for count in (gating.importance, gating.count_assigned):
         np.testing.assert_allclose(count(gates, 5), count(alone, 5))
 
 
@@ -188,14 +188,16 @@ def test_renormalised_scores_sum_to_1_or_0_with_finite_gradients():
     score_TE = reference_scores(4, 3)
     logits_TE = np.log(score_TE)
     chosen_TE = np.array([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]], bool)
-    got_TE = gating.renormalised(tf.constant(logits_TE), chosen_TE)
+    got_TE = gating.softmax_over_chosen(tf.constant(logits_TE), chosen_TE)
     np.testing.assert_allclose(
         got_TE, batchwise.renormalised(score_TE, chosen_TE), rtol=1e-12
     )
     np.testing.assert_allclose(np.sum(got_TE, axis=1), [1, 0, 1, 1])
     weight_TE = draw(5, 4, 3)
     got, want = tf.test.compute_gradient(
-        lambda logits_TE: gating.renormalised(logits_TE, chosen_TE) * weight_TE,
+        lambda logits_TE: (
+            gating.softmax_over_chosen(logits_TE, chosen_TE) * weight_TE
+        ),
         [tf.constant(logits_TE)],
         delta=1e-6,
     )
@@ -208,7 +210,7 @@ def test_gates_of_a_dense_table_keep_every_choice_in_order():
     chosen_TE[1] = True
     chosen_TE[2, [1, 4]] = True
     for most, row in ((5, 2), (5, 1), (5, 0)):
-        gates = gating.of_chosen(weight_TE, chosen_TE, most)
+        gates = gating.gates_of_chosen(weight_TE, chosen_TE, most)
         used = np.flatnonzero(chosen_TE[row])
         want = np.concatenate([used, np.full(most - len(used), 5)])
         np.testing.assert_array_equal(gates.expert_TK[row], want)

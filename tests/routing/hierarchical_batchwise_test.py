@@ -301,7 +301,7 @@ def test_thresholds_reach_the_quantiles_of_fixed_gates():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_only_the_gates_of_chosen_groups_are_computed(masked):
+def test_only_the_gates_of_chosen_branches_are_computed(masked):
     router = hierarchical_batchwise.HierarchicalBatchwiseRouter((8, 16))
     router.build((None, 32))
     mask_T = tf.constant(np.arange(100) % 3 > 0) if masked else None

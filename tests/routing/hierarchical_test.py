@@ -38,9 +38,9 @@ BRANCHINGS = [((3, 4), 2), ((4, 2), 2), ((2, 5), 2), ((2, 3), 1), ((3, 3), 3)]
 def layer_with_weights(branching, k, **kwargs):
     """A layer whose gates are not at their zero start."""
     kwargs = {"seed": 3, "dtype": "float64", **kwargs}
-    groups, group_size = branching
+    num_branches, branch_size = branching
     layer = moe.SparseMoE(
-        groups * group_size, 5, k, branching=branching, **kwargs
+        num_branches * branch_size, 5, k, branching=branching, **kwargs
     )
     layer.build((None, 6))
     rng = np.random.default_rng(5)
@@ -63,10 +63,13 @@ def coming_draws(layer, num_tokens):
     """The draws that the next training call will make."""
     seed = keras.random.SeedGenerator(0)
     seed.state.assign(layer.router.seed_generator.state)
-    groups, group_size = layer.router.branching
+    num_branches, branch_size = layer.router.branching
     return [
         np.asarray(keras.random.normal(shape, dtype="float64", seed=seed))
-        for shape in ((num_tokens, groups), (num_tokens, layer.k, group_size))
+        for shape in (
+            (num_tokens, num_branches),
+            (num_tokens, layer.k, branch_size),
+        )
     ]
 
 
@@ -146,10 +149,10 @@ def test_the_load_loss_alone_moves_both_gates():
         assert np.abs(gradient).max() > 1e-4
 
 
-def test_a_group_without_tokens():
+def test_a_branch_without_tokens():
     layer = layer_with_weights((4, 2), 1)
     gate_DP = np.zeros((6, 4))
-    gate_DP[0, 2] = 100.0  # every token goes to group 2
+    gate_DP[0, 2] = 100.0  # every token goes to branch 2
     layer.router.primary_gate_DP.assign(gate_DP)
     layer.router.primary_noise_DP.assign(np.zeros((6, 4)))
     x_TD = np.abs(tokens(9, 6)) + 1.0
@@ -249,7 +252,7 @@ def test_capacity_counts_all_experts_of_a_token():
     assert np.sum(layer.balance.dropped_E) > 0
 
 
-def test_only_the_gates_of_chosen_groups_are_computed():
+def test_only_the_gates_of_chosen_branches_are_computed():
     # Paper, section 12: 2 d (a + k b) operations a token, not 2 d (a + a b).
     router = hierarchical.HierarchicalRouter((8, 16), k=2)
     router.build((None, 32))
@@ -263,7 +266,7 @@ def test_only_the_gates_of_chosen_groups_are_computed():
     primary = [op for op in products if op.outputs[0].shape[-1] == 8]
     secondary = [op for op in products if op.outputs[0].shape[-1] == 32]
     assert (len(primary), len(secondary)) == (2, 8)
-    # Rows of a secondary product are those that chose its group: split by it.
+    # Rows of a secondary product are those that chose its branch: split by branch.
     assert all(op.inputs[0].op.type == "SplitV" for op in secondary)
 
 

@@ -186,13 +186,13 @@ def two_levels_of_words(fields):
         ({"batch": 2, "expert": 4}, False),
     ],
 )
-def test_the_dry_run_tells_of_spread_groups(make, number, axes, whole):
+def test_the_dry_run_tells_of_split_branches(make, number, axes, whole):
     fields = {f"mesh.{axis}": size for axis, size in axes.items()}
     told = make({"moe.k": 1, **fields}).dry_run_report()
-    assert told.count("groups of experts") == (0 if whole else number)
+    assert told.count("branches of experts") == (0 if whole else number)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        two_level.warn_of_spread_branches("moe", (2, 2), axes)
+        two_level.warn_of_split_branches("moe", (2, 2), axes)
     # Once built, the layer warns in the same words.
     words = [str(w.message).partition(" layer moe are ")[2] for w in caught]
     assert len(words) == (not whole)

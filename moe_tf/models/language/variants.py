@@ -145,7 +145,7 @@ def variant(
               `MoE-1-Wide`, `MoE-1-Deep`, which choose nothing;
             - `MoE-<n>` for any number of experts; the paper has `MoE-4`,
               `MoE-32` and `MoE-256`;
-            - `MoE-<a>x<b>-h` for `a` groups of `b` experts;
+            - `MoE-<a>x<b>-h` for `a` branches of `b` experts;
             - `MoE-256-h`, `MoE-1024-h`, `MoE-4096-h`: 16 groups, as on the
               1-billion-word corpus. Those on the 100-billion-word corpus are
               `MoE-32x8-h`, `MoE-32x32-h` and `MoE-64x64-h`;

@@ -84,7 +84,7 @@ def variant(
               operations;
             - `GNMT-MoE-<n>`: `n` experts, of which `k = 4`; the paper has
               `GNMT-MoE-32`;
-            - `GNMT-MoE-<a>x<b>-h`: `a` groups of `b` experts, `k = 2` of
+            - `GNMT-MoE-<a>x<b>-h`: `a` branches of `b` experts, `k = 2` of
               each; `GNMT-MoE-512-h` is 16 x 32 and `GNMT-MoE-2048-h` 32 x 64;
             - `GNMT-multi-<n>`: `n` experts four times as wide, of which
               `k = 2`; the paper has `GNMT-multi-512` for many languages;

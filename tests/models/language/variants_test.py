@@ -291,7 +291,7 @@ def test_unknown_name_lists_the_known(name):
         ({"name": "MoE-4", "num_experts": 0}, "`num_experts` must be"),
         (
             {"name": "MoE-4x4-h", "num_experts": 8},
-            "`num_experts` must.*16.*4 groups of 4 experts.*num_experts=8",
+            "`num_experts` must.*16.*4 branches of 4 experts.*num_experts=8",
         ),
         ({"name": "MoE-34M", "num_experts": 8}, "1024.*num_experts=8"),
         ({"name": "2xLSTM-8192-1024", "k": 1}, "`k` is for the variants"),
