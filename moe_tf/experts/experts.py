@@ -1,4 +1,4 @@
-"""The experts: feed-forward networks of one shape with weights of their own."""
+"""The experts: feed-forward networks of one shape, each with own weights."""
 
 import keras
 from keras import ops
@@ -7,17 +7,20 @@ from moe_tf import checks
 from moe_tf import xla
 from moe_tf.dispatch import grouped
 from moe_tf.experts import gpu
+from moe_tf.types import Activation
+from moe_tf.types import Tensor
 
 
 @keras.saving.register_keras_serializable(package="moe_tf")
 class Experts(keras.layers.Layer):
     """`num_experts` networks `D -> hidden_units -> D` without biases.
 
-    The matrices of all experts form one kernel each, so that one layout rule
-    shards the experts. Every expert is initialised by itself, with fan-in `D`.
+    The matrices of all experts are stacked in two kernels, `(E, D, F)` and
+    `(E, F, D)`, so that one layout rule shards the experts. Each expert is
+    initialised as a network of its own.
 
     Inside XLA on a GPU the kernels of `moe_tf.experts.gpu` compute the
-    products where they serve (see `block_size`), elsewhere TensorFlow does.
+    products where they can (see `block_size`), elsewhere TensorFlow does.
 
     Args:
         num_experts: int, `E`.
@@ -37,6 +40,14 @@ class Experts(keras.layers.Layer):
     Returns:
         Float of the shape of the inputs; slots without a token give zeros.
 
+    Example:
+
+    >>> from moe_tf.dispatch import plans
+    >>> plan = plans.plan_rows(tf.constant([[1], [0], [1]]), num_experts=2)
+    >>> x_SD = plan.dispatch(tf.ones((3, 8)))
+    >>> moe_tf.layers.Experts(2, hidden_units=16)(x_SD, plan=plan).shape
+    TensorShape([3, 8])
+
     Reference:
      - [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538), appendix D,
        for the recomputation
@@ -44,10 +55,10 @@ class Experts(keras.layers.Layer):
 
     def __init__(
         self,
-        num_experts,
-        hidden_units,
-        activation="relu",
-        recompute=False,
+        num_experts: int,
+        hidden_units: int,
+        activation: Activation = "relu",
+        recompute: bool = False,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -68,30 +79,30 @@ class Experts(keras.layers.Layer):
         self.built = True
 
     def _kernel(self, name, fan_in, fan_out):
-        # glorot_uniform takes the leading axis for part of the fans, which
-        # would make the weights of an expert smaller the more experts there
-        # are; the limit of a single (fan_in, fan_out) matrix is given instead.
+        # glorot_uniform counts the leading axis in the fans, so weights would
+        # be smaller the more experts there are. This is the limit for a
+        # single matrix (fan_in, fan_out).
         limit = (6.0 / (fan_in + fan_out)) ** 0.5
         return self.add_weight(
             shape=(self.num_experts, fan_in, fan_out),
             initializer=keras.initializers.RandomUniform(-limit, limit),
-            autocast=False,  # cast here, so that what reads it is seen
+            autocast=False,  # Cast in `call`: the GPU kernels read it uncast.
             name=name,
         )
 
-    def block_size(self, num_tokens, k):
+    def block_size(self, num_tokens: int | Tensor, k: int) -> int | None:
         """Returns the size of the blocks that the GPU kernels work on.
 
         Args:
             num_tokens: int, or a scalar where the number is not static.
-            k: int, experts of each token, for their mean load.
+            k: int, experts of each token.
 
         Returns:
-            An int, slots in a block of the plan, or `None` where the GPU
-            kernels are not to be used: outside XLA, on another device, for
-            sizes that the kernels do not serve (`gpu.obstacle`), for a number
-            of tokens that is not static, and where the blocks of most experts
-            would be less than half full.
+            An int, slots in a block of the plan. `None` where the GPU kernels
+            must not be used: outside XLA, on another device, for sizes that
+            the kernels do not support (`gpu.obstacle`), for a number of tokens
+            that is not static, and where the blocks of most experts would be
+            less than half full.
         """
         if not isinstance(num_tokens, int) or not self._has_kernels():
             return None
@@ -131,7 +142,7 @@ class Experts(keras.layers.Layer):
         return run(inputs, *kernels)
 
     def _kernels_serve(self, plan):
-        # A number of slots that is not static may have a tensor for it.
+        # A tensor if the number of slots is not static.
         is_static = isinstance(plan.block_size, int)
         return (
             is_static and plan.block_size == gpu.BLOCK and self._has_kernels()

@@ -1,8 +1,8 @@
 """Experts inside XLA on a GPU: only slots with tokens are computed.
 
-The kernels are written in Pallas (`expert_kernels`), exported by jax as
-StableHLO when a function is traced, and compiled by TensorFlow's XLA with the
-rest of the program. jax runs nothing, and a saved model does not need it.
+The kernels are written in Pallas (`gpu_kernels`). When a function is traced,
+jax exports them as StableHLO, which TensorFlow's XLA compiles with the rest
+of the program. jax runs nothing, and a saved model does not need jax.
 """
 
 import functools
@@ -14,38 +14,45 @@ import keras
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.python import xla as tf2xla
 
+from moe_tf.dispatch.plan import Plan
+from moe_tf.types import Activation
+from moe_tf.types import Tensor
+
 # Slots in a block of the plan.
 BLOCK = 128
 
-# Width and hidden units have to be whole numbers of these.
+# Width and hidden units must be multiples of this size.
 _MULTIPLE = 64
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
-# By their names in Keras; "gelu_tanh" is its `gelu(x, approximate=True)`.
+# By the names in Keras; "gelu_tanh" is Keras's `gelu(x, approximate=True)`.
 ACTIVATIONS = (
     "gelu", "gelu_tanh", "linear", "relu", "sigmoid", "silu", "tanh",
 )  # fmt: skip
 
-# Of the GPUs on which the kernels have run.
+# Compute capability of the GPUs on which the kernels were tested.
 _CAPABILITY = (9, 0)
 
-# The jax whose StableHLO TensorFlow 2.21 reads, and the newest that it does.
+# The version of jax whose StableHLO TensorFlow 2.21 reads, and the newest
+# version of StableHLO that it reads.
 _JAX = "0.9.0"
 _STABLEHLO = (1, 13, 7)
 _REMEDY = "`pip install 'moe_tf[kernels]'`"
 
 
-def obstacle(width, hidden_units, dtype, activation):
-    """Why `feed_forward` cannot compute such experts, or None if it can.
+def obstacle(
+    width: int, hidden_units: int, dtype: str, activation: Activation
+) -> str | None:
+    """Returns the reason why `feed_forward` cannot compute experts, if any.
 
     Args:
         width, hidden_units: ints, `D` and `F`.
-        dtype: name of the dtype that is computed in.
+        dtype: name of the compute dtype.
         activation: name, or function of `keras.activations`.
 
     Returns:
-        A sentence, or None.
+        A sentence, or `None` if `feed_forward` can compute them.
     """
     if dtype not in _DTYPES:
         return f"The dtype must be one of {_DTYPES}. Received: dtype={dtype!r}"
@@ -70,10 +77,10 @@ def obstacle(width, hidden_units, dtype, activation):
         )
     version = _jax_version()
     if version != _JAX:
-        found = f"jax {version} is" if version else "no jax is"
+        installed = f"jax {version} is" if version else "no jax is"
         return (
             f"The kernels need jax {_JAX}, whose StableHLO TensorFlow 2.21 "
-            f"reads, and {found} installed: {_REMEDY}"
+            f"reads, and {installed} installed: {_REMEDY}"
         )
     if _name(activation) is None:
         return (
@@ -84,29 +91,36 @@ def obstacle(width, hidden_units, dtype, activation):
 
 
 @tf.autograph.experimental.do_not_convert
-def feed_forward(x_SD, in_EDF, out_EFD, plan, activation, recompute=False):
-    """Each slot's row through the two matrices of its expert.
+def feed_forward(
+    x_SD: Tensor,
+    in_EDF: Tensor,
+    out_EFD: Tensor,
+    plan: Plan,
+    activation: Activation,
+    recompute: bool = False,
+) -> Tensor:
+    """Computes the expert of each slot on the slot's row.
 
-    For tracing inside XLA. The matrices may be wider than `x_SD`, float32 say
-    where that is bfloat16: they are cast here, and their gradients come out of
-    sums in float32 unrounded.
+    Must be traced inside XLA. The kernels may have a higher precision than
+    `x_SD`, such as float32 with bfloat16 rows: they are cast here, and their
+    gradients are accumulated and returned in float32.
 
     Args:
-        x_SD: bfloat16, float16 or float32 (whose products are taken in TF32
-            on a GPU); zeros in empty slots. `S` must be static.
+        x_SD: bfloat16, float16 or float32; zeros in empty slots. A GPU
+            multiplies float32 in TF32. `S` must be static.
         in_EDF, out_EFD: float.
         plan: `plans.Blocks` of `BLOCK` slots a block.
         activation: name, or function of `keras.activations`.
-        recompute: bool, whether what comes out of the activation, `(S, F)`,
-            and what goes in where its slope needs it, are computed again in
-            the backward pass instead of being kept. Where no gradient is
-            taken, `True` costs nothing, and `False` may write more.
+        recompute: bool, whether the hidden activations, `(S, F)`, are computed
+            again in the backward pass instead of being kept; also the inputs
+            of the activation, where its derivative needs them. Without a
+            backward pass `True` is never slower.
 
     Returns:
         `(S, D)` of the dtype of `x_SD`; zeros in blocks that are not used.
 
     Raises:
-        ValueError: for what `obstacle` names, or another plan.
+        ValueError: for a reason that `obstacle` gives, or another plan.
     """
     _check(x_SD, in_EDF, plan, activation)
     case = _Case(
@@ -130,26 +144,26 @@ def feed_forward(x_SD, in_EDF, out_EFD, plan, activation, recompute=False):
         y_SD, *kept = _call(_forward(case), arguments(x_SD, *kernels))
 
         def gradient(dy_SD):
-            # Variables are read again: the values that the forward pass read
-            # would be copied for a backward pass in a program of its own.
-            given = arguments(x_SD, in_EDF, out_EFD)
-            return _call(_backward(case), [*given, dy_SD, *kept])
+            # Variables are read again: a backward pass that is a program of
+            # its own would copy the values that the forward pass read.
+            inputs = arguments(x_SD, in_EDF, out_EFD)
+            return _call(_backward(case), [*inputs, dy_SD, *kept])
 
         return y_SD, gradient
 
     return run(x_SD, in_EDF, out_EFD)
 
 
-def platform():
-    """`"cuda"` if TensorFlow sees a GPU, else `"cpu"`.
+def platform() -> str:
+    """Returns `"cuda"` if TensorFlow sees a GPU, else `"cpu"`.
 
-    On a CPU the kernels are interpreted: right, and slow.
+    On a CPU the kernels are interpreted: with the same results, but slowly.
     """
     return "cuda" if tf.config.list_physical_devices("GPU") else "cpu"
 
 
 class _Case(typing.NamedTuple):
-    """What an exported program depends on."""
+    """Settings that an exported program depends on."""
 
     slots: int
     width: int
@@ -162,7 +176,7 @@ class _Case(typing.NamedTuple):
     platform: str
 
     def arrays(self):
-        """Shapes and dtypes of what `_forward` takes."""
+        """Returns the shapes and dtypes of the arguments of `_forward`."""
         slots, width, hidden_units, num_experts, dtype = self[:5]
         return (
             ((slots, width), dtype),
@@ -174,7 +188,7 @@ class _Case(typing.NamedTuple):
 
 
 class _Program(typing.NamedTuple):
-    """StableHLO, and what it returns and runs on."""
+    """StableHLO, with the shapes and dtypes of its results."""
 
     module: bytes
     shapes: tuple
@@ -183,20 +197,20 @@ class _Program(typing.NamedTuple):
     platform: str
 
     def answers(self):
-        """Shape and dtype of each."""
+        """Returns the shape and dtype of each result."""
         return zip(self.shapes, self.dtypes, strict=True)
 
 
 @functools.cache
 def _forward(case):
-    kernels = _kernels()
+    kernels, products = _kernels()
 
     def forward(x_SD, in_EDF, out_EFD, expert_N, placed_E):
         return kernels.forward(
             x_SD,
             in_EDF,
             out_EFD,
-            kernels.table(expert_N, placed_E),
+            products.table(expert_N, placed_E),
             case.activation,
             keep=case.kept,
             interpret=case.platform == "cpu",
@@ -207,14 +221,14 @@ def _forward(case):
 
 @functools.cache
 def _backward(case):
-    kernels = _kernels()
+    kernels, products = _kernels()
 
     def backward(x_SD, in_EDF, out_EFD, expert_N, placed_E, dy_SD, *kept):
         return kernels.backward(
             x_SD,
             in_EDF,
             out_EFD,
-            kernels.table(expert_N, placed_E),
+            products.table(expert_N, placed_E),
             dy_SD,
             *kept,
             activation=case.activation,
@@ -222,17 +236,17 @@ def _backward(case):
             interpret=case.platform == "cpu",
         )
 
-    # The gradient of the answer is like the answer.
+    # The gradient of an answer has the shape and dtype of the answer.
     arrays = (*case.arrays(), *_forward(case).answers())
     return _export(backward, arrays, case.platform)
 
 
 def _export(function, arrays, platform):
-    exported = _kernels().export(function, arrays, platform)
+    exported = _kernels()[0].export(function, arrays, platform)
     module = exported.mlir_module_serialized
     # Bytecode begins with four bytes of magic and the name of its version.
-    found = re.match(rb"ML\xefR.StableHLO_v(\d+)\.(\d+)\.(\d+)", module)
-    version = tuple(map(int, found.groups())) if found else None
+    header = re.match(rb"ML\xefR.StableHLO_v(\d+)\.(\d+)\.(\d+)", module)
+    version = tuple(map(int, header.groups())) if header else None
     if version is None or version > _STABLEHLO:
         raise RuntimeError(
             f"jax wrote StableHLO {_dotted(version)}, and TensorFlow reads "
@@ -272,14 +286,14 @@ def _check(x_SD, in_EDF, plan, activation):
     slots, blocks = x_SD.shape[0], plan.expert_N.shape[0]
     if slots is None or blocks is None or slots != BLOCK * blocks:
         raise ValueError(
-            f"`x_SD` must have {BLOCK} rows, a number that is known when "
-            "traced, for each block of `plan`. "
+            f"`x_SD` must have {BLOCK} rows, a static number, for each block "
+            "of `plan`. "
             f"Received: x_SD.shape={x_SD.shape}, blocks={blocks}"
         )
 
 
 def _name(activation):
-    """The name in the kernels' table; None if it is not there."""
+    """Returns the name of an activation in `ACTIVATIONS`, or None."""
     if activation in ACTIVATIONS:
         return activation
     function = keras.activations.get(activation)
@@ -295,7 +309,10 @@ def _dotted(version):
 
 @functools.cache
 def _capability():
-    """Of the GPU, `()` if it has none; None if there is no GPU."""
+    """Returns the compute capability of the GPU; None without a GPU.
+
+    `()` for a GPU whose capability TensorFlow does not know.
+    """
     for device in tf.config.list_physical_devices("GPU"):
         details = tf.config.experimental.get_device_details(device)
         return tuple(details.get("compute_capability", ()))
@@ -311,7 +328,8 @@ def _jax_version():
 
 
 def _kernels():
-    # jax is an extra, and takes a second to import.
+    # jax is an optional dependency, and takes a second to import.
     from moe_tf.experts import gpu_kernels
+    from moe_tf.experts import gpu_products
 
-    return gpu_kernels
+    return gpu_kernels, gpu_products

@@ -1,33 +1,41 @@
-"""Activations of the kernels in `expert_kernels`, and their slopes.
+"""Activations of the kernels in `gpu_kernels`, and their derivatives.
 
-A kernel does little else while it takes them of its tile, so they are written
-to cost one tanh or exponential where half precision allows it. Nothing here
-is wider than float32.
+A kernel does little else while it computes an activation of its tile, so each
+activation is written to cost one tanh or exponential where half precision
+allows it. Nothing here has a higher precision than float32.
 """
 
 import math
 import typing
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton
 
+Function = Callable[[jax.Array], jax.Array]
+
 
 class Functions(typing.NamedTuple):
-    """What activations are made of."""
+    """Functions of float32 tiles that activations are computed with."""
 
-    sigmoid: typing.Callable
-    tanh: typing.Callable
-    normal_cdf: typing.Callable
+    sigmoid: Function
+    tanh: Function
+    normal_cdf: Function
 
 
-def functions(dtype, interpret):
-    """Those for rows of `dtype`, of float32 tiles.
+def functions(dtype: str, interpret: bool) -> Functions:
+    """Returns the functions for rows of `dtype`.
 
-    Half precision takes the tanh of the hardware, off by at most 2^-11 of its
-    value (PTX ISA, tanh.approx.f32), and sigmoids through it, off by 2^-12. So
-    `a * sigmoid(a)` is off by 2^-12 of `a`, where rounding `a` to bfloat16
-    moves it by up to 2^-9. float32 takes exact functions.
+    For half precision, tanh is the instruction of the GPU, with a relative
+    error of at most 2^-11 (PTX ISA, tanh.approx.f32). Sigmoids are computed
+    from this tanh, with an error of at most 2^-12. The error of
+    `a * sigmoid(a)` is thus at most 2^-12 of `a`, while rounding `a` to
+    bfloat16 changes it by up to 2^-9. For float32 the functions are exact.
+
+    Args:
+        dtype: name of the dtype of the rows.
+        interpret: bool, whether the kernels run without a GPU.
     """
     if jnp.dtype(dtype).itemsize > 2:
         return Functions(jax.nn.sigmoid, jnp.tanh, _normal_cdf)
@@ -37,7 +45,7 @@ def functions(dtype, interpret):
         return 0.5 + 0.5 * tanh(0.5 * z)
 
     def normal_cdf(z):
-        # Fitted here, within 5.1e-5. Past 6 the polynomial would turn back.
+        # A fit with an error below 5.1e-5, not monotone beyond 6.
         q = jnp.minimum(z * z, 36.0)
         u = z * (0.79750788 + q * (0.037005647 - q * 0.00035151687))
         return 0.5 + 0.5 * tanh(u)
@@ -56,16 +64,19 @@ def _normal_cdf(z):
 
 
 class Activation(typing.NamedTuple):
-    """A function of float32 tiles, and its slope, of `Functions` besides.
+    """An activation and its derivative on float32 tiles.
+
+    Both functions take the `Functions` to use as their first argument.
 
     Attributes:
-        value: of what goes in, `a`.
-        slope: of `a`, or of the value, `h`, if `of_value`.
+        value: the activation of `a`.
+        slope: its derivative, as a function of `a`, or of the activation's
+            value `h` if `of_value`.
         of_value: bool.
     """
 
-    value: typing.Callable
-    slope: typing.Callable
+    value: Callable[[Functions, jax.Array], jax.Array]
+    slope: Callable[[Functions, jax.Array], jax.Array]
     of_value: bool = False
 
 
@@ -79,7 +90,7 @@ def _gelu_slope(f, a):
     return f.normal_cdf(a) + a * density
 
 
-# (1 + tanh(u)) / 2 is sigmoid(2 u), and 2 u is _GELU a + _CUBE a^3.
+# (1 + tanh(u)) / 2 is sigmoid(2 u), where 2 u is _GELU a + _CUBE a^3.
 _GELU = 2.0 * math.sqrt(2.0 / math.pi)
 _CUBE = 0.044715 * _GELU
 
@@ -93,7 +104,7 @@ def _gelu_tanh_slope(f, a):
     return s + a * s * (1.0 - s) * (_GELU + 3.0 * _CUBE * a * a)
 
 
-# By their names in Keras; "gelu_tanh" is its `gelu(x, approximate=True)`.
+# By the names in Keras; "gelu_tanh" is Keras's `gelu(x, approximate=True)`.
 ACTIVATIONS = {
     "gelu": Activation(lambda f, a: a * f.normal_cdf(a), _gelu_slope),
     "gelu_tanh": Activation(_gelu_tanh, _gelu_tanh_slope),

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable
 
 from moe_tf import checks
+from moe_tf.routing import registry
+from moe_tf.routing.router import Router
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +86,16 @@ class Experts:
             )
 
     @property
+    def router_class(self) -> type[Router]:
+        """The class of the router."""
+        return registry.router_class(self.gating, self.branching)
+
+    @property
+    def router_size(self) -> int | tuple[int, int]:
+        """The first argument of the router: `num_experts` or `branching`."""
+        return self.branching or self.num_experts
+
+    @property
     def experts_per_word(self) -> int:
         """Number of experts of each word: `k`, or `k * k` on two levels."""
         return self.k if self.branching is None else self.k**2
@@ -135,19 +147,8 @@ def _(layer: FeedForward, width):
 
 @layer_shapes.register
 def _(layer: Experts, width):
-    if layer.branching is None:
-        gates = [(width, layer.num_experts)]
-        thresholds = [(layer.num_experts,)]
-    else:
-        groups, group_size = layer.branching
-        gates = [(width, groups), (groups, width, group_size)]
-        thresholds = [(groups,), (groups, group_size)]
-    if layer.gating == "noisy_top_k":
-        gates *= 2  # `W_g` and `W_noise`
-    if layer.gating == "batchwise":
-        gates += thresholds
     return [
-        *gates,
+        *layer.router_class.weight_shapes(width, layer.router_size),
         (layer.num_experts, width, layer.hidden_units),
         (layer.num_experts, layer.hidden_units, width),
     ]
@@ -162,14 +163,11 @@ def layer_operations(layer: object, width: int) -> int:
     if not isinstance(layer, Experts):
         shapes = layer_shapes(layer, width)
         return sum(math.prod(shape) for shape in shapes if len(shape) > 1)
-    num_logits = layer.num_experts
-    if layer.branching is not None:
-        groups, group_size = layer.branching
-        num_logits = groups + layer.k * group_size
-    # Of `W_g` and, if there is noise, `W_noise`.
-    operations_per_logit = (2 if layer.gating == "noisy_top_k" else 1) * width
+    gates = layer.router_class.operations_per_token(
+        width, layer.router_size, layer.k
+    )
     expert = 2 * width * layer.hidden_units
-    return num_logits * operations_per_logit + layer.experts_per_word * expert
+    return gates + layer.experts_per_word * expert
 
 
 @dataclasses.dataclass(frozen=True)

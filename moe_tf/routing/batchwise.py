@@ -83,17 +83,25 @@ class BatchwiseRouter(ThresholdRouter, router.GateRouter):
 
     Call arguments and returns: those of `Router`.
 
+    Example:
+
+    >>> router = moe_tf.layers.BatchwiseRouter(num_experts=4, k=2)
+    >>> x_TD = np.random.default_rng(0).normal(size=(6, 16))
+    >>> routing = router(x_TD.astype("float32"), training=True)
+    >>> routing.load_E.numpy()
+    array([3., 3., 3., 3.], dtype=float32)
+
     Reference:
      - [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538), appendix F
     """
 
     def __init__(
         self,
-        num_experts,
-        k=4,
-        importance_weight=0.1,
-        z_loss_weight=0.0,
-        threshold_weight=0.001,
+        num_experts: int,
+        k: int = 4,
+        importance_weight: float = 0.1,
+        z_loss_weight: float = 0.0,
+        threshold_weight: float = 0.001,
         **kwargs,
     ):
         super().__init__(
@@ -110,6 +118,12 @@ class BatchwiseRouter(ThresholdRouter, router.GateRouter):
         self.threshold_E = self.add_thresholds(
             (self.num_experts,), "thresholds"
         )
+
+    @classmethod
+    def weight_shapes(
+        cls, width: int, num_experts: int
+    ) -> list[tuple[int, ...]]:
+        return [*super().weight_shapes(width, num_experts), (num_experts,)]
 
     def call(self, inputs, mask=None, training=False):
         logits_TE = self.logits(inputs)
@@ -131,7 +145,9 @@ class BatchwiseRouter(ThresholdRouter, router.GateRouter):
             ),
         )
 
-    def max_tokens_per_expert(self, num_tokens, training):
+    def max_tokens_per_expert(
+        self, num_tokens: int | Tensor, training: bool
+    ) -> int | Tensor | None:
         if not training:
             return None
         return expert_choice.tokens_per_expert(

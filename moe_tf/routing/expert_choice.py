@@ -117,16 +117,23 @@ class ExpertChoiceRouter(ExpertChoiceBase, router.GateRouter):
 
     Call arguments and returns: those of `Router`.
 
+    Example:
+
+    >>> router = moe_tf.layers.ExpertChoiceRouter(num_experts=4, k=2)
+    >>> x_TD = np.random.default_rng(0).normal(size=(6, 16))
+    >>> router(x_TD.astype("float32")).load_E.numpy()
+    array([3., 3., 3., 3.], dtype=float32)
+
     Reference:
      - [Zhou et al., 2022](https://arxiv.org/abs/2202.09368)
     """
 
     def __init__(
         self,
-        num_experts,
-        k=4,
-        importance_weight=0.0,
-        z_loss_weight=0.0,
+        num_experts: int,
+        k: int = 4,
+        importance_weight: float = 0.0,
+        z_loss_weight: float = 0.0,
         **kwargs,
     ):
         super().__init__(
@@ -147,7 +154,9 @@ class ExpertChoiceRouter(ExpertChoiceBase, router.GateRouter):
             logits_TE=logits_TE,
         )
 
-    def max_tokens_per_expert(self, num_tokens, training):
+    def max_tokens_per_expert(
+        self, num_tokens: int | Tensor, training: bool
+    ) -> int | Tensor | None:
         return tokens_per_expert(num_tokens, self.k, self.num_experts)
 
 

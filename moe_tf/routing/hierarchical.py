@@ -39,17 +39,24 @@ class HierarchicalRouter(two_level.TwoLevelRouter):
 
     Call arguments and returns: those of `Router`; `num_experts` is `P * Q`.
 
+    Example:
+
+    >>> router = moe_tf.layers.HierarchicalRouter(branching=(4, 8), k=2)
+    >>> routing = router(np.ones((5, 16), "float32"))
+    >>> routing.gates.expert_TK.shape, routing.load_E.shape
+    (TensorShape([5, 4]), TensorShape([32]))
+
     Reference:
      - [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538), appendix B
     """
 
     def __init__(
         self,
-        branching,
-        k=2,
-        importance_weight=0.1,
-        load_weight=0.1,
-        seed=None,
+        branching: tuple[int, int],
+        k: int = 2,
+        importance_weight: float = 0.1,
+        load_weight: float = 0.1,
+        seed: int | None = None,
         **kwargs,
     ):
         super().__init__(
@@ -80,6 +87,19 @@ class HierarchicalRouter(two_level.TwoLevelRouter):
             for name in ("secondary_gate_kernel", "secondary_noise_kernel")
         )
         self.built = True
+
+    # Twice the gates' kernels: each gate has one for the noise.
+    @classmethod
+    def weight_shapes(
+        cls, width: int, branching: tuple[int, int]
+    ) -> list[tuple[int, ...]]:
+        return super().weight_shapes(width, branching) * 2
+
+    @classmethod
+    def operations_per_token(
+        cls, width: int, branching: tuple[int, int], k: int
+    ) -> int:
+        return super().operations_per_token(width, branching, k) * 2
 
     def call(self, inputs, mask=None, training=False):
         num_branches, branch_size = self.branching

@@ -12,6 +12,7 @@ from moe_tf.routing import batchwise
 from moe_tf.routing import expert_choice
 from moe_tf.routing import gating
 from moe_tf.routing import two_level
+from moe_tf.types import Tensor
 
 
 @keras.saving.register_keras_serializable(package="moe_tf")
@@ -59,6 +60,13 @@ class HierarchicalBatchwiseRouter(
 
     Call arguments and returns: those of `Router`; `num_experts` is `P * Q`.
 
+    Example:
+
+    >>> router = moe_tf.layers.HierarchicalBatchwiseRouter((2, 2), k=1)
+    >>> x_TD = np.random.default_rng(0).normal(size=(8, 16))
+    >>> router(x_TD.astype("float32"), training=True).load_E.numpy()
+    array([2., 2., 2., 2.], dtype=float32)
+
     Reference:
      - [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538), appendices B
        and F
@@ -66,10 +74,10 @@ class HierarchicalBatchwiseRouter(
 
     def __init__(
         self,
-        branching,
-        k=2,
-        importance_weight=0.1,
-        threshold_weight=0.001,
+        branching: tuple[int, int],
+        k: int = 2,
+        importance_weight: float = 0.1,
+        threshold_weight: float = 0.001,
         **kwargs,
     ):
         super().__init__(
@@ -100,6 +108,17 @@ class HierarchicalBatchwiseRouter(
             (num_branches, branch_size), "secondary_thresholds"
         )
         self.built = True
+
+    @classmethod
+    def weight_shapes(
+        cls, width: int, branching: tuple[int, int]
+    ) -> list[tuple[int, ...]]:
+        num_branches, branch_size = branching
+        return [
+            *super().weight_shapes(width, branching),
+            (num_branches,),
+            (num_branches, branch_size),
+        ]
 
     def call(self, inputs, mask=None, training=False):
         logits_TP = ops.matmul(inputs, self.primary_gate_DP)
@@ -238,7 +257,9 @@ class HierarchicalBatchwiseRouter(
             )
         return num_tokens
 
-    def max_tokens_per_expert(self, num_tokens, training):
+    def max_tokens_per_expert(
+        self, num_tokens: int | Tensor, training: bool
+    ) -> int | Tensor | None:
         return self._tokens_per_expert(num_tokens) if training else None
 
 

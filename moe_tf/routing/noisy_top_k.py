@@ -32,6 +32,13 @@ class NoisyTopKRouter(router.Router):
 
     Call arguments and returns: those of `Router`.
 
+    Example:
+
+    >>> router = moe_tf.layers.NoisyTopKRouter(num_experts=8, k=2, seed=1)
+    >>> routing = router(np.ones((5, 16), "float32"), training=True)
+    >>> routing.gates.weight_TK.shape, routing.load_E.shape
+    (TensorShape([5, 2]), TensorShape([8]))
+
     Reference:
      - [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538), section 2,
        appendix A
@@ -39,12 +46,12 @@ class NoisyTopKRouter(router.Router):
 
     def __init__(
         self,
-        num_experts,
-        k=4,
-        importance_weight=0.1,
-        load_weight=0.1,
-        z_loss_weight=0.0,
-        seed=None,
+        num_experts: int,
+        k: int = 4,
+        importance_weight: float = 0.1,
+        load_weight: float = 0.1,
+        z_loss_weight: float = 0.0,
+        seed: int | None = None,
         **kwargs,
     ):
         super().__init__(
@@ -65,6 +72,12 @@ class NoisyTopKRouter(router.Router):
             for name in ("gate_kernel", "noise_kernel")
         )
         self.built = True
+
+    @classmethod
+    def weight_shapes(
+        cls, width: int, num_experts: int
+    ) -> list[tuple[int, ...]]:
+        return [(width, num_experts)] * 2
 
     def call(self, inputs, mask=None, training=False):
         clean_TE = ops.matmul(inputs, self.gate_DE)

@@ -1,4 +1,4 @@
-"""Routers that take the largest entries of a softmax, without noise."""
+"""Routers of softmax top-k gating without noise, such as Switch."""
 
 import keras
 
@@ -6,19 +6,21 @@ from moe_tf import losses
 from moe_tf import top_k
 from moe_tf.routing import gating
 from moe_tf.routing import router
+from moe_tf.types import Tensor
 
 
 @keras.saving.register_keras_serializable(package="moe_tf")
 class SoftmaxTopKRouter(router.GateRouter):
-    """The `k` largest entries of a softmax, divided by their sum.
+    """Chooses the `k` experts with the largest softmax values.
 
-    Equations 3 and 5 without the noise; the gating of Mixtral. In training
-    the load loss is `losses.load_balance_loss`, the balance loss of GShard and
-    Switch, less its value at perfect balance. With `k = 1` every gate value
-    is 1 and the task gives the router no gradient: use `SwitchRouter`.
+    The values of the chosen experts are divided by their sum: equations 3 and
+    5 without the noise, the gating of Mixtral. The load loss is
+    `losses.load_balance_loss`, the balance loss of GShard and Switch less its
+    value at perfect balance. With `k = 1` every gate value is 1 and the
+    router gets no gradient from the task: use `SwitchRouter`.
 
-    A token that holds NaN or infinity gets NaN for its gates, and makes the
-    losses of its batch NaN.
+    If a token holds NaN or infinity, its gate values and the losses of its
+    batch are NaN.
 
     Args:
         num_experts: int, `E`.
@@ -30,6 +32,13 @@ class SoftmaxTopKRouter(router.GateRouter):
 
     Call arguments and returns: those of `Router`.
 
+    Example:
+
+    >>> router = moe_tf.layers.SoftmaxTopKRouter(num_experts=4, k=2)
+    >>> weight_TK = router(np.ones((3, 8), "float32")).gates.weight_TK
+    >>> ops.sum(weight_TK, axis=-1).numpy().round(4)
+    array([1., 1., 1.], dtype=float32)
+
     Reference:
      - [Lepikhin et al., 2020](https://arxiv.org/abs/2006.16668), GShard
      - [Jiang et al., 2024](https://arxiv.org/abs/2401.04088), Mixtral
@@ -37,11 +46,11 @@ class SoftmaxTopKRouter(router.GateRouter):
 
     def __init__(
         self,
-        num_experts,
-        k=4,
-        importance_weight=0.0,
-        load_weight=0.01,
-        z_loss_weight=0.0,
+        num_experts: int,
+        k: int = 4,
+        importance_weight: float = 0.0,
+        load_weight: float = 0.01,
+        z_loss_weight: float = 0.0,
         **kwargs,
     ):
         super().__init__(
@@ -68,17 +77,18 @@ class SoftmaxTopKRouter(router.GateRouter):
             load_loss=losses.load_balance_loss(probability_TE, load_E, mask),
         )
 
-    def gates(self, logits_TE, probability_TE):
+    def gates(self, logits_TE: Tensor, probability_TE: Tensor) -> gating.Gates:
+        """Returns the gates of logits and of their softmax."""
         gates, _ = gating.noisy_top_k(logits_TE, self.k)
         return gates
 
 
 @keras.saving.register_keras_serializable(package="moe_tf")
 class SwitchRouter(SoftmaxTopKRouter):
-    """One expert for each token; its gate value is its softmax over all.
+    """Chooses one expert for each token, weighted by its softmax value.
 
-    The value is taken before the selection, so that the task loss reaches
-    the router although `k = 1`.
+    The softmax is over all experts, before one is chosen, so that the router
+    gets a gradient from the task although `k = 1`.
 
     Args:
         num_experts: int, `E`.
@@ -88,6 +98,12 @@ class SwitchRouter(SoftmaxTopKRouter):
 
     Call arguments and returns: those of `Router`.
 
+    Example:
+
+    >>> router = moe_tf.layers.SwitchRouter(num_experts=4)
+    >>> router(np.ones((3, 8), "float32")).gates.expert_TK.shape
+    TensorShape([3, 1])
+
     Reference:
      - [Fedus et al., 2021](https://arxiv.org/abs/2101.03961), Switch
        Transformers
@@ -95,11 +111,11 @@ class SwitchRouter(SoftmaxTopKRouter):
 
     def __init__(
         self,
-        num_experts,
-        k=1,
-        importance_weight=0.0,
-        load_weight=0.01,
-        z_loss_weight=0.0,
+        num_experts: int,
+        k: int = 1,
+        importance_weight: float = 0.0,
+        load_weight: float = 0.01,
+        z_loss_weight: float = 0.0,
         **kwargs,
     ):
         if k != 1:
@@ -116,7 +132,7 @@ class SwitchRouter(SoftmaxTopKRouter):
             **kwargs,
         )
 
-    def gates(self, logits_TE, probability_TE):
+    def gates(self, logits_TE: Tensor, probability_TE: Tensor) -> gating.Gates:
         _, expert_TK = gating.top_k_and_next(logits_TE, 1)
         return gating.Gates(
             top_k.take_entries(probability_TE, expert_TK), expert_TK

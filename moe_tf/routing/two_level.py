@@ -41,6 +41,20 @@ class TwoLevelRouter(router.Router):
         self.branching = num_branches, branch_size
         self.experts_per_token = k * k
 
+    @classmethod
+    def weight_shapes(
+        cls, width: int, branching: tuple[int, int]
+    ) -> list[tuple[int, ...]]:
+        num_branches, branch_size = branching
+        return [(width, num_branches), (num_branches, width, branch_size)]
+
+    @classmethod
+    def operations_per_token(
+        cls, width: int, branching: tuple[int, int], k: int
+    ) -> int:
+        num_branches, branch_size = branching
+        return width * (num_branches + k * branch_size)
+
     def get_config(self):
         config = super().get_config()
         for name in ("num_experts", "z_loss_weight"):

@@ -14,7 +14,7 @@ from moe_tf import sharding
 from moe_tf.dispatch import capacity
 from moe_tf.distribute import layout_map
 from moe_tf.models import layer_specs
-from moe_tf.routing import expert_choice
+from moe_tf.routing import registry
 
 # Weights and gradients are float32. So are activations, except under 16-bit
 # policies.
@@ -142,11 +142,10 @@ def _slots_per_expert(layer, num_tokens, capacity_factor):
             layer.num_experts,
             capacity_factor,
         )
-    if layer.gating == "batchwise":
-        # Experts take equally many tokens. On two levels each expert chooses
-        # among the tokens of its branch.
-        for num_choosers in layer.branching or (layer.num_experts,):
-            num_tokens = expert_choice.tokens_per_expert(
-                num_tokens, layer.k, num_choosers
-            )
-    return num_tokens  # all tokens may choose the same expert
+    # A seed, so that none is drawn from the program's own random numbers.
+    router = registry.make_router(
+        layer.num_experts, layer.gating, layer.branching, seed=0, k=layer.k
+    )
+    max_tokens = router.max_tokens_per_expert(num_tokens, training=True)
+    # `None`: all tokens may choose the same expert.
+    return num_tokens if max_tokens is None else max_tokens

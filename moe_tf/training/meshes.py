@@ -54,8 +54,10 @@ def check_mesh(config: ml_collections.ConfigDict, layers: tuple) -> None:
     axes, moe = mesh_axes(config) or {"batch": 1}, config.moe
     on_mesh = mesh_axes(config) is not None
     mixtures = layer_specs.mixtures(layers)
-    chooses = moe.capacity_factor is not None or moe.gating == "batchwise"
-    if on_mesh and mixtures and chooses and moe.num_groups is None:
+    depends_on_groups = moe.capacity_factor is not None or any(
+        layer.router_class.chooses_in_groups for layer in mixtures
+    )
+    if on_mesh and mixtures and depends_on_groups and moe.num_groups is None:
         moe.num_groups = config.data.rows_multiple or _ROWS_MULTIPLE
     num_groups = moe.num_groups
     if config.data.rows_multiple is None and (on_mesh or num_groups):

@@ -216,10 +216,10 @@ TILES = [(64, 64, 32, 4, 3, 1), (128, 32, 64, 4, 3, 2), (64, 128, 16, 8, 4, 5)]
 @pytest.mark.parametrize("tiles", map(sets.thorough, TILES))
 def test_tiles_do_not_change_answers(tiles):
     jax = pytest.importorskip("jax")
-    from moe_tf.experts import gpu_kernels
+    from moe_tf.experts import gpu_products
 
     expert_N = jax.numpy.array([0, 2, 2, 2, 2, 2], "int32")
-    table = gpu_kernels.table(expert_N, jax.numpy.array([1, 0, 300], "int32"))
+    table = gpu_products.table(expert_N, jax.numpy.array([1, 0, 300], "int32"))
     assert table.used_N.tolist() == [1, 128, 128, 44, 0, 0]
     rng = np.random.default_rng(0)
     x_SD = rng.integers(-3, 4, (6, BLOCK, WIDTH)).astype("float32")
@@ -228,18 +228,18 @@ def test_tiles_do_not_change_answers(tiles):
     w_EDF = rng.integers(-3, 4, (3, WIDTH, HIDDEN)).astype("float32")
     options = {
         "table": table,
-        "tiles": gpu_kernels.Tiles(*tiles),
+        "tiles": gpu_products.Tiles(*tiles),
         "interpret": True,
     }
     w_SDF = np.repeat(w_EDF[expert_N], BLOCK, axis=0)
     want_SF = np.einsum("SD,SDF->SF", x_SD, w_SDF)
-    (got_SF,) = gpu_kernels.product(x_SD, w_EDF, **options)
+    (got_SF,) = gpu_products.product(x_SD, w_EDF, **options)
     np.testing.assert_array_equal(got_SF, want_SF)
-    (got_SF,) = gpu_kernels.product(
+    (got_SF,) = gpu_products.product(
         x_SD, w_EDF.swapaxes(1, 2), transposed=True, **options
     )
     np.testing.assert_array_equal(got_SF, want_SF)
-    got_EDF = gpu_kernels.outer(x_SD, want_SF, **options)
+    got_EDF = gpu_products.outer(x_SD, want_SF, **options)
     for e in range(3):
         own_S = np.repeat(expert_N == e, BLOCK)
         np.testing.assert_array_equal(

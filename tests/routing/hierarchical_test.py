@@ -266,7 +266,7 @@ def test_only_the_gates_of_chosen_branches_are_computed():
     primary = [op for op in products if op.outputs[0].shape[-1] == 8]
     secondary = [op for op in products if op.outputs[0].shape[-1] == 32]
     assert (len(primary), len(secondary)) == (2, 8)
-    # Rows of a secondary product are those that chose its branch: split by branch.
+    # Each secondary product has the rows that chose its branch.
     assert all(op.inputs[0].op.type == "SplitV" for op in secondary)
 
 
