@@ -1,4 +1,4 @@
-"""What `gpu_experts` exports and refuses, on a machine without a GPU."""
+"""Exports and refusals of the GPU kernels, on a machine without a GPU."""
 
 import re
 import subprocess
