@@ -95,6 +95,7 @@ def test_scalars_are_those_of_the_batch(tmp_path):
     assert [s for s, _ in train[tags.WORST_MAX_OVER_MEAN_LOAD]] == steps
 
 
+@pytest.mark.thorough
 def test_validation_is_a_run_of_its_own_with_means_over_batches(tmp_path):
     model = model_with_two_layers()
     board = callbacks.LoadBalanceBoard(tmp_path)

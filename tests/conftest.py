@@ -12,6 +12,8 @@ import keras
 import pytest
 import tensorflow as tf
 
+from moe_tf.data.text import sotu
+
 tf.config.threading.set_intra_op_parallelism_threads(1)
 tf.config.threading.set_inter_op_parallelism_threads(1)
 
@@ -26,6 +28,25 @@ hypothesis.settings.load_profile(
 @pytest.fixture(autouse=True)
 def same_draws_every_run():
     keras.utils.set_random_seed(1)
+
+
+@pytest.fixture(scope="session")
+def seed_corpus(tmp_path_factory):
+    """Gives a run's folder the corpus that the run would write.
+
+    Writing takes seconds, and is done once for all workers.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    sotu.write_sotu(str(base / "corpus"))
+
+    def seed(workdir):
+        os.makedirs(workdir, exist_ok=True)
+        os.symlink(base / "corpus", os.path.join(workdir, "corpus"))
+        return workdir
+
+    return seed
 
 
 def pytest_collection_finish(session):

@@ -16,6 +16,9 @@ SETTINGS = {
     "expert_choice": {"gating": "expert_choice", "k": 2},
 }
 
+# Each kind of router once: one level with noise, two levels, thresholds.
+FEW = ("noisy_top_k", "hierarchical_batchwise", "switch")
+
 
 def layer(name, *, quiet=False, **kwargs):
     """`SparseMoE` of 8 experts, the same weights each time.

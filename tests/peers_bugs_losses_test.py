@@ -22,7 +22,9 @@ from tests import every_router
 from tests import sets
 from tests.reference import moe as reference
 
-EVERY = pytest.mark.parametrize("name", every_router.SETTINGS)
+EVERY = pytest.mark.parametrize(
+    "name", sets.split(every_router.SETTINGS, every_router.FEW)
+)
 NOISY = pytest.mark.parametrize("name", ["noisy_top_k", "hierarchical"])
 WITH_LOAD_LOSS = ["noisy_top_k", "hierarchical", "softmax_top_k", "switch"]
 tokens = every_router.tokens

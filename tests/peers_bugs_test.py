@@ -17,8 +17,11 @@ from moe_tf.dispatch import capacity
 from moe_tf.dispatch import plans
 from moe_tf.routing import gating
 from tests import every_router
+from tests import sets
 
-EVERY = pytest.mark.parametrize("name", every_router.SETTINGS)
+EVERY = pytest.mark.parametrize(
+    "name", sets.split(every_router.SETTINGS, every_router.FEW)
+)
 NOISY = pytest.mark.parametrize("name", ["noisy_top_k", "hierarchical"])
 tokens = every_router.tokens
 

@@ -63,8 +63,8 @@ def held_corpus():
 
 
 @pytest.fixture(scope="session")
-def sotu_workdir(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("sotu"))
+def sotu_workdir(tmp_path_factory, seed_corpus):
+    return str(seed_corpus(tmp_path_factory.mktemp("sotu")))
 
 
 @pytest.fixture(scope="session")

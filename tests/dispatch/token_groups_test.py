@@ -11,7 +11,9 @@ from moe_tf.routing import gating
 from tests import every_router
 from tests import sets
 
-EVERY = pytest.mark.parametrize("name", every_router.SETTINGS)
+EVERY = pytest.mark.parametrize(
+    "name", sets.split(every_router.SETTINGS, every_router.FEW)
+)
 
 
 @pytest.mark.parametrize("by_value", [False, True])

@@ -17,6 +17,7 @@ from moe_tf.distribute import MeshStrategy
 from moe_tf.distribute import datasets
 from moe_tf.distribute import placement
 from tests import process
+from tests import sets
 from tests.distribute import models
 
 AXES = {"batch": 2, "expert": 2}
@@ -185,8 +186,19 @@ def run_similar():
     return run(ways), run(ways, strategy.scope())
 
 
+QUICK = ("arrays", "predict")
+
+
+def run_quick():
+    ways = {name: WAYS[name] for name in QUICK}
+    strategy = MeshStrategy(AXES)
+    return run(ways), run(ways, strategy.scope())
+
+
 def run_others():
-    ways = {name: way for name, way in WAYS.items() if name not in SIMILAR}
+    ways = {
+        name: way for name, way in WAYS.items() if name not in SIMILAR + QUICK
+    }
     strategy = MeshStrategy(AXES)
     scope, plain = strategy.scope(), {"plain": fit(dataset)}
     one = run(ways | plain)
@@ -207,12 +219,18 @@ results = functools.cache(process.run)
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in SIMILAR))
+        name
+        if name in QUICK
+        else sets.slow(name)
+        if name in SIMILAR
+        else sets.thorough(name)
         for name in (*WAYS, *OPTIONS, "unknown")
     ],
 )
 def test_equals_one_device(name):
-    run_both = run_similar if name in SIMILAR else run_others
+    run_both = run_others
+    if name in QUICK + SIMILAR:
+        run_both = run_quick if name in QUICK else run_similar
     one, mesh = (run[name] for run in results(run_both))
     for key, value in one[0].items():
         np.testing.assert_allclose(

@@ -79,7 +79,11 @@ class Lazy(keras.Model):
 def specs(layout_map, build):
     strategy = MeshStrategy(AXES, layout_map=layout_map)
     model = make(strategy, build=build)
-    model.train_on_batch(*(part[:4] for part in equality_test.data()))
+    if model.built:  # Slots are as after a step, which takes seconds.
+        with strategy.scope():
+            model.optimizer.build(model.trainable_variables)
+    else:
+        model.train_on_batch(*(part[:4] for part in equality_test.data()))
     return {row.path: row.layout for row in strategy.summary(model)}
 
 
@@ -235,8 +239,9 @@ def saved(folder):
     return found
 
 
+@pytest.mark.thorough
 def test_files():
-    found = result("files")
+    found = process.run(files)
     assert found.pop("served") < 1e-6
     assert len(found) == 6
     assert set(found.values()) == {0}
@@ -312,7 +317,6 @@ def run_all():
         "made_outside": made_outside,
         "mislaid": mislaid,
         "warned": warned,
-        "files": files,
         "assigned": assigned,
         "constrained": constrained,
         "constrain_three": constrain_three,

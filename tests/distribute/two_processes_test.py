@@ -47,9 +47,9 @@ def read(steps, folder):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, seed_corpus):
     """Where the text is counted once, for all processes."""
-    path = str(tmp_path_factory.mktemp("text"))
+    path = str(seed_corpus(tmp_path_factory.mktemp("text")))
     mesh_text.prepare_text(path)
     return path
 

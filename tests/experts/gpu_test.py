@@ -303,6 +303,7 @@ def test_masked_tokens_have_no_slot():
         np.testing.assert_allclose(got_TD[t], want_D, atol=1e-5)
 
 
+@pytest.mark.thorough
 @needs_jax
 def test_assignments_over_the_limit_have_no_slot():
     counts = [200, 60, 0, 300]

@@ -77,7 +77,7 @@ def batch(dtype="float32", masked=True):
 @pytest.mark.parametrize(
     "name,recompute",
     [
-        ("expert_choice", False),
+        sets.thorough("expert_choice", False),
         ("dropless", True),
         *(
             sets.thorough(name, False)

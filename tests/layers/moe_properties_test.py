@@ -150,7 +150,7 @@ COMPILED = [
     "wide,case",
     sets.split(
         itertools.product((None, 20.0), COMPILED),
-        [(None, COMPILED[0]), (20.0, COMPILED[1])],
+        [(None, COMPILED[0])],
     ),
     ids=repr,
 )

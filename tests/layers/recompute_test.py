@@ -48,6 +48,7 @@ def test_changes_no_value_and_no_gradient(jit_compile, kwargs):
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.thorough
 def test_trains_in_a_model_and_survives_saving(tmp_path):
     layer = moe.SparseMoE(4, 8, 2, recompute=True, name="moe")
     model = keras.Sequential([keras.Input((5,)), layer])

@@ -221,7 +221,7 @@ def test_a_broken_token_shows_and_stays_alone(jit_compile):
         assert np.isnan(losses).all()
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@sets.JIT_COMPILE
 def test_equal_logits_are_settled_by_order(jit_compile):
     # Groups 0 and 1, and in each experts 0 and 1: a quarter each.
     layer = layer_with_weights((3, 4), 2)

@@ -1,5 +1,6 @@
 """The interface of all routers, and what every gating must do."""
 
+import itertools
 import textwrap
 
 import keras
@@ -380,8 +381,13 @@ def test_all_experts_for_every_token(name, jit_compile):
         np.testing.assert_array_equal(layer.balance.assigned_E, [7.0] * 3)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name,jit_compile",
+    sets.split(
+        itertools.product(NAMES, (False, True)),
+        [*((name, False) for name in NAMES), ("noisy_top_k", True)],
+    ),
+)
 def test_equal_logits_are_settled_by_order(name, jit_compile):
     layer = layer_of(name, num_experts=4)
     layer.router.gate_DE.assign(np.zeros((6, 4)))

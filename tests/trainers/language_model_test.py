@@ -19,9 +19,9 @@ command, run = TRAINER.command, TRAINER.run
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, seed_corpus):
     """A run that was never killed."""
-    workdir = tmp_path_factory.mktemp("finished")
+    workdir = seed_corpus(tmp_path_factory.mktemp("finished"))
     result = run(workdir, *SIX_STEPS)
     assert result.returncode == 0, result.stderr.decode()
     return workdir, result.stdout.decode()
@@ -209,9 +209,9 @@ def test_a_terminal_gets_a_bar(tmp_path):
 
 
 @pytest.mark.thorough
-def test_interrupt_says_how_to_go_on(tmp_path):
+def test_interrupt_says_how_to_go_on(tmp_path, seed_corpus):
     code, told = TRAINER.signal_at(
-        tmp_path, runs.saved(2), signal.SIGINT, *SIX_STEPS
+        seed_corpus(tmp_path), runs.saved(2), signal.SIGINT, *SIX_STEPS
     )
     assert code == 130
     assert b"same command" in told and b"Traceback" not in told

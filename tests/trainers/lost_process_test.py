@@ -51,8 +51,8 @@ def second_process(launcher):
 
 
 @pytest.mark.thorough
-def test_a_killed_run_of_two_processes_goes_on_in_one(tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+def test_a_killed_run_of_two_processes_goes_on_in_one(tmp_path, seed_corpus):
+    whole, cut = (seed_corpus(tmp_path / name) for name in ("whole", "cut"))
     TRAINER.succeed(whole)
     command = [*LAUNCH, *TRAINER.command(cut, ON_TWO)]
     with open(tmp_path / "printed", "w+") as printed:

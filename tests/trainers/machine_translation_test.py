@@ -23,11 +23,11 @@ from moe_tf_configs import mt_demo
 from tests import small_text
 from tests.trainers import runs
 
-STEPS, EVERY = 240, 60
+STEPS, EVERY = 120, 30
 SETTINGS = {
     "train.steps": STEPS,
     "train.evaluate_every": EVERY,
-    "train.warmup_steps": 60,
+    "train.warmup_steps": 30,
     "train.learning_rate": 1e-2,
     "train.keep_checkpoints": 3,
     "model.width": 32,

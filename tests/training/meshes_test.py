@@ -235,8 +235,8 @@ def what_a_step_sends(workdir):
 
 
 @pytest.fixture(scope="module")
-def sent(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("run")
+def sent(tmp_path_factory, seed_corpus):
+    workdir = seed_corpus(tmp_path_factory.mktemp("run"))
     return process.run(what_a_step_sends, str(workdir))
 
 

@@ -298,6 +298,7 @@ def test_the_formula_counts_real_batches(sotu_prepared, split):
     assert (len(sizes), rows, words) == (count, found.lines, found.words)
 
 
+@pytest.mark.thorough
 @hypothesis.settings(
     deadline=None,
     max_examples=6,

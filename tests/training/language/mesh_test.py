@@ -61,12 +61,13 @@ def train_one(axes, variant, folder):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, seed_corpus):
     folder = tmp_path_factory.mktemp("runs")
 
     @functools.cache
     def run(axes, variant):
         path = folder / str(axes)
+        seed_corpus(path / variant)
         process.run(train_one, dict(axes), variant, str(path))
         return path
 

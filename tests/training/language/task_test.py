@@ -10,9 +10,9 @@ from moe_tf_configs import lm_demo
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
+def prepared(tmp_path_factory, seed_corpus):
     task = LanguageModelTask(lm_demo.get_config("tiny"))
-    return task.prepare(str(tmp_path_factory.mktemp("run")))
+    return task.prepare(str(seed_corpus(tmp_path_factory.mktemp("run"))))
 
 
 @pytest.mark.parametrize("clip_norm", [None, 2.5])
