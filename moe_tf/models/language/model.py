@@ -26,11 +26,12 @@ class LanguageModel(keras.Model):
     """Predicts each next word of a text from the words before it.
 
     The layers of the variant stand between an embedding and a softmax over
-    the vocabulary. Each of these layers has dropout on its output and a
-    residual connection. The outputs of experts, and of the feed-forward net
-    in their place, first pass a sigmoid: `x + dropout(sigmoid(moe(x)))`.
-    There are no biases. The paper describes its 8M-operation models so; here
-    the models of projected LSTMs have the same dropout and residuals.
+    the vocabulary. The embedding and each of these layers have dropout on
+    their outputs, and each layer has a residual connection. The outputs of
+    experts, and of the feed-forward net in their place, first pass a sigmoid:
+    `x + dropout(sigmoid(moe(x)))`. There are no biases. The paper gives this
+    structure for its 8M-operation models; the models of projected LSTMs have
+    the same dropout and residual connections here.
 
     Id 0 is padding, to the right of the words. Padding is not routed to
     experts. LSTMs run over padding, which changes no position before it.

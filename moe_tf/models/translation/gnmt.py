@@ -26,10 +26,11 @@ class Gnmt(TranslationModel):
     the last layer of each. The bottom layer of the decoder attends to the
     source: the query is its output at the position before, and no other
     layer reads the context, as the paper's count of operations implies.
-    Each layer has dropout on its output and a residual connection. The
-    outputs of experts, and of the feed-forward net in their place, first
-    pass a sigmoid. There are no biases, and three separate tables. LSTMs run
-    over padding, which changes no position before it.
+    The embeddings and each layer have dropout on their outputs, and each
+    layer has a residual connection. The outputs of experts, and of the
+    feed-forward net in their place, first pass a sigmoid. There are no
+    biases, and three separate tables. LSTMs run over padding, which changes
+    no position before it.
 
     The paper does not give its initial weights. They are Keras's defaults
     here and follow `keras.utils.set_random_seed`; `seed` is for dropout and
