@@ -18,21 +18,24 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-def split(rows, default):
+def split(rows, default, slow_rows=()):
     """Returns all `rows`; those not in `default` are for the thorough set.
 
     Args:
         rows: iterable of values, or of tuples for several names.
         default: rows, each of them in `rows`.
+        slow_rows: rows for the slow set, each of them in `rows`.
     """
-    rows, default = list(rows), list(default)
-    assert all(row in rows for row in default), "an unknown row"
-    return [
-        row
-        if row in default
-        else thorough(*(row if isinstance(row, tuple) else (row,)))
-        for row in rows
-    ]
+    rows, default, slow_rows = map(list, (rows, default, slow_rows))
+    assert all(row in rows for row in default + slow_rows), "an unknown row"
+    marked = []
+    for row in rows:
+        values = row if isinstance(row, tuple) else (row,)
+        if row in default:
+            marked.append(row)
+        else:
+            marked.append((slow if row in slow_rows else thorough)(*values))
+    return marked
 
 
 # A program for XLA takes seconds to make.

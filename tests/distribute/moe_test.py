@@ -114,7 +114,7 @@ def same(wanted, found):
             np.testing.assert_allclose(other, one, 0, limit, err_msg=name)
 
 
-@pytest.mark.parametrize("names", [QUICK, sets.thorough(APART)], ids=str)
+@pytest.mark.parametrize("names", [QUICK, sets.slow(APART)], ids=str)
 def test_training_equals_one_device(names):
     compare([TWO_AXES], names)
 

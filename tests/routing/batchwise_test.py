@@ -90,6 +90,7 @@ def mixture(layer, x_TD, gate_TE):
 
 # (experts, k, tokens, masked): m whole, not whole, one expert, all, and more
 # experts than columns that are summed without a loop.
+NAMES = "batchwise", "expert_choice"
 SIZES = [
     (4, 2, 12, False),
     (5, 2, 11, True),
@@ -100,11 +101,23 @@ SIZES = [
 ]
 
 
-@sets.JIT_COMPILE
 @pytest.mark.parametrize(
-    "num_experts,k,num_tokens,masked", sets.split(SIZES, SIZES[1:2])
+    "name,num_experts,k,num_tokens,masked,jit_compile",
+    sets.split(
+        [
+            (name, *size, jit_compile)
+            for name in NAMES
+            for size in SIZES
+            for jit_compile in (False, True)
+        ],
+        [(name, *SIZES[1], False) for name in NAMES],
+        [
+            (name, *size, True)
+            for name in NAMES
+            for size in (SIZES[0], *SIZES[2:4])
+        ],
+    ),
 )
-@pytest.mark.parametrize("name", ["batchwise", "expert_choice"])
 def test_matches_the_numpy_oracle(
     name, num_experts, k, num_tokens, masked, jit_compile
 ):
