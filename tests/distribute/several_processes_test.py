@@ -235,6 +235,7 @@ def raised(case):
         return f"{type(error).__name__}: {error}"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "case,message",
     [

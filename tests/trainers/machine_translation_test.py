@@ -295,7 +295,7 @@ def test_table_9_shows_the_words_of_experts(run):
         for line in told.splitlines()
         if "**" in line
     ]
-    known = " ".join(sources()) + " </S>"
+    known = " ".join(sources()) + " ▁ </S>"
     assert shown and all(piece in known for piece in shown)
     page = (run.workdir / "experts.html").read_text()
     assert "<b>" in page and "xpert 3" in page
