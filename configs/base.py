@@ -8,7 +8,7 @@ import ml_collections
 from ml_collections import config_dict
 
 
-def make_config(tiny=False):
+def make_config(tiny: bool = False) -> ml_collections.ConfigDict:
     """Makes the common fields; with `tiny`, two steps of training."""
     config = ml_collections.ConfigDict()
     # Decides initial weights, noise, dropout and the order of the data.
