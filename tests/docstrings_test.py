@@ -52,16 +52,6 @@ OWN_PROCESS = {
     "moe_tf.distribute.start_cluster",
 }
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-# Not there yet; each owner takes theirs out.
-PENDING_FACES = set()
-PENDING_EXAMPLES = {
-    "moe_tf.layers.SparseMoE",
-}
-# Files, or folders, which end in "/".
-PENDING_ANNOTATIONS = (
-    "moe_tf/dispatch/",
-    "moe_tf/layers/moe.py",
-)
 
 
 def public_objects():
@@ -81,8 +71,6 @@ OBJECTS = public_objects()
 
 @pytest.mark.parametrize("face", FACES)
 def test_tab_shows_the_face_alone(face):
-    if face in PENDING_FACES:
-        pytest.skip("not there yet")
     module = importlib.import_module(face)
     assert sorted(dir(module)) == sorted(module.__all__)
     assert len(set(module.__all__)) == len(module.__all__)
@@ -111,8 +99,6 @@ def run_example(address):
 
 @pytest.mark.parametrize("address", sorted(OBJECTS))
 def test_example_runs(address):
-    if address in PENDING_EXAMPLES:
-        pytest.skip("not there yet")
     assert "Example:\n" in (OBJECTS[address].__doc__ or "")
     if address in OWN_PROCESS:
         failed = process.run(run_example, address)
@@ -163,8 +149,6 @@ FILES = sorted(
 
 @pytest.mark.parametrize("file", FILES)
 def test_public_functions_are_annotated(file):
-    if file.startswith(PENDING_ANNOTATIONS):
-        pytest.skip("not there yet")
     bare = list(bare_parts(ROOT / file))
     assert not bare, "\n".join(bare)
 

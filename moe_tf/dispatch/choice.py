@@ -26,8 +26,8 @@ class Limit(typing.NamedTuple):
     experts_per_token: int
     drop_policy: str
 
-    def slots(self, num_tokens, num_experts):
-        """Capacity of an expert for so many tokens."""
+    def slots(self, num_tokens: int | Tensor, num_experts: int) -> int | Tensor:
+        """Returns the capacity of an expert for a number of tokens."""
         return expert_capacity(
             num_tokens * self.experts_per_token,
             num_experts,

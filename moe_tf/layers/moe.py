@@ -1,5 +1,7 @@
 """The sparsely-gated mixture-of-experts layer."""
 
+from collections.abc import Callable
+
 import keras
 from keras import ops
 
@@ -14,6 +16,7 @@ from moe_tf.layers import gate_recording
 from moe_tf.routing import registry
 from moe_tf.routing import router
 from moe_tf.routing import two_level
+from moe_tf.types import Activation
 from moe_tf.types import Tensor
 
 
@@ -120,23 +123,23 @@ class SparseMoE(keras.layers.Layer):
 
     def __init__(
         self,
-        num_experts,
-        hidden_units,
-        k=None,
+        num_experts: int,
+        hidden_units: int,
+        k: int | None = None,
         *,
-        gating="noisy_top_k",
-        branching=None,
-        activation="relu",
-        importance_weight=None,
-        load_weight=None,
-        z_loss_weight=None,
-        capacity_factor=None,
-        eval_capacity_factor=None,
-        drop_policy="position",
-        num_groups=None,
-        recompute=False,
-        jit_compile="auto",
-        seed=None,
+        gating: str | router.Router = "noisy_top_k",
+        branching: tuple[int, int] | None = None,
+        activation: Activation = "relu",
+        importance_weight: float | None = None,
+        load_weight: float | None = None,
+        z_loss_weight: float | None = None,
+        capacity_factor: float | None = None,
+        eval_capacity_factor: float | None = None,
+        drop_policy: str = "position",
+        num_groups: int | None = None,
+        recompute: bool = False,
+        jit_compile: str | bool = "auto",
+        seed: int | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -192,11 +195,11 @@ class SparseMoE(keras.layers.Layer):
             )
 
     @property
-    def num_experts(self):
+    def num_experts(self) -> int:
         return self.experts.num_experts
 
     @property
-    def k(self):
+    def k(self) -> int:
         return self.router.k
 
     @property
@@ -344,7 +347,9 @@ class SparseMoE(keras.layers.Layer):
             None if max_tokens is None else ops.minimum(max_tokens, num_tokens)
         )
 
-    def rematerialized_call(self, layer_call, *args, **kwargs):
+    def rematerialized_call(
+        self, layer_call: Callable[..., Tensor], *args, **kwargs
+    ) -> Callable[..., Tensor]:
         call = super().rematerialized_call(layer_call, *args, **kwargs)
         if call is not layer_call:
             raise ValueError(
