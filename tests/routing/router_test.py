@@ -1,7 +1,7 @@
 """The interface of all routers, and what every gating must do."""
 
+import doctest
 import itertools
-import textwrap
 
 import keras
 import numpy as np
@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 from keras import ops
 
+import moe_tf
 from moe_tf.layers import moe
 from moe_tf.routing import batchwise
 from moe_tf.routing import gating
@@ -94,20 +95,11 @@ def layer_of(name, num_experts=4, k=2, width=6, **kwargs):
     return layer
 
 
-def test_the_example_of_the_docstring_runs():
-    text = textwrap.dedent(router.Router.__doc__.split("\n", 1)[1])
-    lines = [line for line in text.splitlines() if line[:4] == "    "]
-    example = lines[: 1 + next(i for i, x in enumerate(lines) if "Sparse" in x)]
-    names = {
-        "keras": keras,
-        "ops": ops,
-        "gating": gating,
-        "Router": router.Router,
-        "SparseMoE": moe.SparseMoE,
-    }
-    source = textwrap.dedent("\n".join(example))
-    source = source.replace("SparseMoE(", "layer = SparseMoE(", 1)
-    exec(source, names)
+def test_the_example_of_the_docstring_routes_as_it_says():
+    examples = doctest.DocTestParser().get_examples(router.Router.__doc__)
+    names = {"moe_tf": moe_tf, "np": np, "ops": ops}
+    for example in examples[:-1]:  # The last one calls the layer.
+        exec(example.source, names)
     x_TD = tokens(9, 6)
     y_TD = names["layer"](x_TD, mask=np.arange(9) < 7)
     np.testing.assert_array_equal(

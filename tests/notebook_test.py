@@ -1,0 +1,37 @@
+"""The tutorial runs, in a tiny form."""
+
+import json
+
+import matplotlib
+import tensorflow as tf
+
+from moe_tf.data.text import sotu
+from tests import process
+
+NOTEBOOK = process.ROOT / "docs/tutorial.ipynb"
+
+
+def cells():
+    return json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
+
+
+def run_tiny():
+    """Runs the code cells in order, on three speeches and without graphs."""
+    matplotlib.use("Agg")
+    tf.config.run_functions_eagerly(True)
+    speeches = sotu._documents()
+    few = [
+        next(s for s in speeches if sotu.split_of(s.name) == split)
+        for split in sotu.SPLITS
+    ]
+    sotu._documents = lambda: few
+    names = {}
+    for number, cell in enumerate(cells()):
+        if cell["cell_type"] == "code":
+            source = "".join(cell["source"])
+            exec(compile(source, f"cell {number}", "exec"), names)
+    assert names["TINY"]
+
+
+def test_the_code_runs():
+    process.run(run_tiny, env={"MOE_TF_TINY_TUTORIAL": "1"})
