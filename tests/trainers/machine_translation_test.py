@@ -28,6 +28,7 @@ SETTINGS = {
     "train.steps": STEPS,
     "train.evaluate_every": EVERY,
     "train.warmup_steps": 30,
+    "train.log_every": 30,
     "train.learning_rate": 1e-2,
     "train.keep_checkpoints": 3,
     "model.width": 32,
