@@ -8,15 +8,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 import hypothesis
-import keras
 import pytest
-import tensorflow as tf
-
-from moe_tf.data.text import sotu
-
-tf.config.threading.set_intra_op_parallelism_threads(1)
-tf.config.threading.set_inter_op_parallelism_threads(1)
-
 
 # The same examples every run; HYPOTHESIS_PROFILE=default looks for new ones.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
@@ -25,8 +17,24 @@ hypothesis.settings.load_profile(
 )
 
 
+def pytest_collection(session):
+    """Keeps TensorFlow to a thread, in processes that run tests.
+
+    The process that hands tests to workers does not import TensorFlow.
+    """
+    config = session.config
+    if config.getoption("tx", None) and not hasattr(config, "workerinput"):
+        return
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def same_draws_every_run():
+    import keras
+
     keras.utils.set_random_seed(1)
 
 
@@ -36,6 +44,8 @@ def seed_corpus(tmp_path_factory):
 
     Writing takes seconds, and is done once for all workers.
     """
+    from moe_tf.data.text import sotu
+
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent

@@ -282,6 +282,7 @@ def test_recomputation_keeps_gradients_and_number_of_losses(name):
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.thorough
 def test_a_functional_model_recomputes():
     # keras #21207: such a model raises under `RematScope`.
     layer = moe_tf.SparseMoE(4, 5, k=2, recompute=True)
@@ -315,6 +316,7 @@ def test_accumulation_takes_the_mean_of_the_balance_gradients():
     np.testing.assert_allclose(gate, want_DE, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["noisy_top_k", sets.thorough("hierarchical")])
 def test_loss_scaling_gives_the_router_the_gradient_of_float32(name):
     # The balance loss is to be scaled and unscaled as the task's is.
@@ -344,7 +346,7 @@ def test_loss_scaling_gives_the_router_the_gradient_of_float32(name):
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-6)
 
 
-@NOISY
+@pytest.mark.parametrize("name", [sets.thorough("noisy_top_k"), "hierarchical"])
 def test_the_default_losses_undo_a_collapse(name):
     # torchtitan #1246.
     layer = every_router.layer(name)

@@ -211,7 +211,11 @@ def test_training_does_draw_noise(name):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in every_router.SETTINGS if name != "expert_choice"]
+    "name",
+    sets.split(
+        [name for name in every_router.SETTINGS if name != "expert_choice"],
+        every_router.FEW,
+    ),
 )
 def test_a_token_is_evaluated_as_if_it_were_alone(name):
     # marin #8134: capacity clipped at evaluation; vmoe #6. Expert choice
@@ -233,7 +237,7 @@ def test_any_number_of_tokens_goes_through_one_graph():
         np.testing.assert_allclose(run(x_TD), layer(x_TD), rtol=1e-9)
 
 
-@pytest.mark.parametrize("capacity_factor", [None, 0.25])
+@pytest.mark.parametrize("capacity_factor", [sets.thorough(None), 0.25])
 def test_an_export_serves_experts_that_no_example_used(
     capacity_factor, tmp_path
 ):
@@ -332,6 +336,7 @@ def test_the_numbers_show_in_the_logs_of_fit():
     assert logs["moe_load_loss"] == pytest.approx([7.0], rel=1e-2)
 
 
+@pytest.mark.thorough
 def test_the_number_of_logs_and_tags_is_that_of_two_experts(tmp_path):
     # Mesh TensorFlow (a scalar for each expert of each layer), trl #4611,
     # tensorboard #5959 (a slow board).

@@ -125,6 +125,7 @@ def test_the_layers_losses_are_part_of_the_step(weight, moves):
     assert (np.abs(gate_DE).max() > 1e-5) == moves
 
 
+@pytest.mark.thorough
 def test_what_is_dropped_is_a_fraction_and_unknown_of_a_dense_layer():
     tight, loose, dense = map(step, ("capacity:0.5", "grouped", "dense"))
     for train_step in (tight, loose, dense):

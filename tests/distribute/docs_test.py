@@ -4,6 +4,8 @@ import contextlib
 import io
 import re
 
+import pytest
+
 from tests import process
 
 PAGE = process.ROOT / "docs/mesh.md"
@@ -19,6 +21,7 @@ def run_blocks():
     return printed.getvalue()
 
 
+@pytest.mark.thorough
 def test_the_page_prints_what_it_shows():
     shown = re.findall(r"```text\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert process.run(run_blocks) == "".join(shown)

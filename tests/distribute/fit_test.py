@@ -351,6 +351,7 @@ def placed_before_waiting():
     return found, len(iterators)
 
 
+@pytest.mark.thorough
 def test_the_next_batch_is_placed_while_devices_work():
     found = process.run(looked_ahead)
     assert found["drawn"] == [0]

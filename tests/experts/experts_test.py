@@ -87,7 +87,7 @@ def test_work_follows_the_assignments_and_not_the_experts(num_experts):
     assert sum(rows) == 64 * 2
 
 
-@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("graph", [False, sets.thorough(True)])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("masked", [sets.thorough(False), True])
 def test_very_many_experts_run_in_a_loop(masked, recompute, graph, monkeypatch):

@@ -62,10 +62,8 @@ def test_recomputes_instead_of_keeping(activation):
 
 @needs_jax
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize(
-    "activation", sets.split(gpu.ACTIVATIONS, ("relu", "gelu"))
-)
-@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("activation", sets.split(gpu.ACTIVATIONS, ("gelu",)))
+@pytest.mark.parametrize("kept", [sets.thorough(True), False])
 def test_a_gpu_gets_custom_calls_that_xla_knows(dtype, activation, kept):
     one = case(dtype=dtype, activation=activation, kept=kept)
     for export in (gpu._forward, gpu._backward):

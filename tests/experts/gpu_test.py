@@ -126,6 +126,7 @@ def test_matches_one_expert_after_the_other(counts, recompute):
     assert_near(got, want, 2e-6)
 
 
+@pytest.mark.thorough
 @needs_jax
 @pytest.mark.parametrize(
     "dtype,tolerance", [sets.thorough("bfloat16", 2e-2), ("float16", 3e-3)]
@@ -146,8 +147,7 @@ def test_half_precision(dtype, tolerance, recompute):
 @pytest.mark.parametrize(
     "name",
     [
-        *map(sets.thorough, ("relu", "silu")),
-        "gelu_tanh",
+        *map(sets.thorough, ("relu", "silu", "gelu_tanh")),
         *(
             pytest.param(name, marks=pytest.mark.slow)
             for name in ("gelu", "linear", "sigmoid", "tanh")
@@ -197,6 +197,7 @@ def test_activations_are_listed():
     assert gpu.ACTIVATIONS == tuple(gpu_activations.ACTIVATIONS)
 
 
+@pytest.mark.thorough
 @needs_jax
 @pytest.mark.parametrize("recompute", [False, sets.thorough(True)])
 def test_slope_of_relu_at_zero_is_zero(recompute):

@@ -1,9 +1,11 @@
 import keras
 import numpy as np
+import pytest
 
 from moe_tf import layers
 
 
+@pytest.mark.thorough
 def test_loss_with_drops_beside_the_loss_without():
     inner = layers.SparseMoE(4, 8, 1, capacity_factor=0.5, name="moe", seed=0)
     plain = layers.SparseMoE(4, 8, 1, name="plain", seed=0)

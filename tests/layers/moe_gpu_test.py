@@ -123,6 +123,7 @@ def test_a_program_of_its_own_in_bfloat16(as_on_a_gpu, dtype):
         assert error <= 0.02 * np.linalg.norm(want)
 
 
+@pytest.mark.thorough
 def test_where_the_kernels_are_not_used(as_on_a_gpu, monkeypatch):
     def used(jit_compile=True, tokens=TOKENS, k=2, **settings):
         layer = layer_of(jit_compile=False, k=k, **settings)

@@ -48,7 +48,7 @@ def functional():
 @pytest.mark.parametrize(
     "make,jit_compile",
     [
-        (sequential, False),
+        sets.thorough(sequential, False),
         sets.thorough(functional, True),
         sets.thorough(Subclassed, False),
         pytest.param(sequential, True, marks=pytest.mark.slow),

@@ -115,10 +115,10 @@ def test_matches_the_numpy_oracle(num_experts, k, training):
     "num_experts,k,masked,capacity_factor",
     [
         (5, 2, False, None),
-        (5, 2, True, None),
+        sets.thorough(5, 2, True, None),
         (4, 1, True, None),
-        (3, 3, False, None),
-        (4, 2, False, 0.75),
+        sets.thorough(3, 3, False, None),
+        sets.thorough(4, 2, False, 0.75),
         (4, 2, True, 0.75),
     ],
 )
@@ -233,7 +233,7 @@ def test_experts_without_tokens():
     np.testing.assert_allclose(sum(layer.losses), 0.2 * 7, rtol=1e-6)
 
 
-@pytest.mark.parametrize("num_experts,k", sets.split(SIZES, SIZES[::4]))
+@pytest.mark.parametrize("num_experts,k", sets.split(SIZES, SIZES[:1]))
 @pytest.mark.parametrize(
     "masked", [pytest.param(False, marks=pytest.mark.slow), True]
 )

@@ -36,7 +36,9 @@ def results(recompute, jit_compile, **kwargs):
     return step(x_TD)
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"capacity_factor": 0.8}])
+@pytest.mark.parametrize(
+    "kwargs", [sets.thorough({}), {"capacity_factor": 0.8}]
+)
 @sets.JIT_COMPILE
 def test_changes_no_value_and_no_gradient(jit_compile, kwargs):
     # The router's gradients hold those of its losses, which Keras's own

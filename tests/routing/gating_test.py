@@ -5,6 +5,7 @@ import pytest
 import tensorflow as tf
 
 from moe_tf.routing import gating
+from tests import sets
 from tests.reference import batchwise
 from tests.reference import moe as reference
 
@@ -146,7 +147,7 @@ def both_ways(function, *arguments):
     ]
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [sets.thorough(False), True])
 @pytest.mark.parametrize(
     "num_tokens,num_experts,m", [(7, 3, 2), (7, 3, 5), (4, 1, 4), (5, 20, 0)]
 )

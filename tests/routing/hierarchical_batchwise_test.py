@@ -104,7 +104,9 @@ SIZES = [
 @pytest.mark.parametrize(
     "jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("branching,k,num_tokens,masked", SIZES)
+@pytest.mark.parametrize(
+    "branching,k,num_tokens,masked", sets.split(SIZES, SIZES[:2])
+)
 def test_matches_the_numpy_oracle(
     branching, k, num_tokens, masked, jit_compile
 ):
@@ -185,7 +187,9 @@ def test_the_threshold_loss_counts_tokens_at_both_levels(masked, jit_compile):
 @pytest.mark.parametrize(
     "jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("num_groups,masked", [(None, True), (3, False)])
+@pytest.mark.parametrize(
+    "num_groups,masked", [(None, True), sets.thorough(3, False)]
+)
 def test_gradients_match_finite_differences(num_groups, masked, jit_compile):
     # Of the task and the importance, through both gates. Equation 20 has a
     # test of its own.
@@ -225,7 +229,7 @@ def test_groups_of_tokens_are_routed_apart():
     assert reported == pytest.approx(loss, rel=1e-6)
 
 
-@pytest.mark.parametrize("num_groups", [None, 2])
+@pytest.mark.parametrize("num_groups", [None, sets.thorough(2)])
 def test_what_masked_tokens_hold_does_not_matter(num_groups):
     layer = layer_of((3, 4), 2, num_groups=num_groups)
     x_TD, mask_T = draw(0, 20, 6), np.arange(20) % 3 > 0
@@ -243,6 +247,7 @@ def test_what_masked_tokens_hold_does_not_matter(num_groups):
             np.testing.assert_array_equal(other, one)
 
 
+@pytest.mark.thorough
 @sets.JIT_COMPILE
 def test_a_broken_token_shows_and_stays_alone(jit_compile):
     layer = layer_of((3, 4), 2)

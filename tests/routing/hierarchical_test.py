@@ -129,7 +129,8 @@ def test_expected_load_is_near_the_number_of_tokens():
 )
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
-    "branching,k", [((3, 4), 2), sets.thorough((2, 3), 1), ((2, 2), 2)]
+    "branching,k",
+    [((3, 4), 2), sets.thorough((2, 3), 1), sets.thorough((2, 2), 2)],
 )
 def test_gradients_match_finite_differences(branching, k, masked, jit_compile):
     # Through both gates: the task's loss and both balancing losses together.

@@ -206,7 +206,12 @@ def test_the_kernel_starts_small_but_apart():
 
 
 @pytest.mark.parametrize(
-    "name", ["noisy_top_k", "softmax_top_k", "switch", "batchwise"]
+    "name",
+    [
+        "noisy_top_k",
+        *map(sets.thorough, ("softmax_top_k", "switch")),
+        "batchwise",
+    ],
 )
 @sets.JIT_COMPILE
 def test_the_z_loss_reaches_the_router_from_real_tokens_alone(

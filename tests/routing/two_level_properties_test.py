@@ -7,6 +7,7 @@ import tensorflow as tf
 from hypothesis import strategies as st
 
 from tests import every_router
+from tests import sets
 
 few = hypothesis.settings(max_examples=5, deadline=None)
 GROUPS, GROUP_SIZE = every_router.SETTINGS["hierarchical"]["branching"]
@@ -25,7 +26,7 @@ def run(layer, x_TD, training):
     return y_TD.numpy(), float(total), gradient_TD.numpy(), vectors
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [sets.thorough(False), True])
 @few
 @hypothesis.given(st.data())
 def test_the_order_of_tokens_does_not_matter(training, data):
@@ -41,7 +42,7 @@ def test_the_order_of_tokens_does_not_matter(training, data):
         np.testing.assert_allclose(got_E, want_E, rtol=1e-5)
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [sets.thorough(False), True])
 @few
 @hypothesis.given(st.data())
 def test_the_names_of_groups_and_experts_do_not_matter(training, data):

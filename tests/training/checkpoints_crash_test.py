@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+from tests import sets
 from tests.training.checkpoints_test import damage
 from tests.training.checkpoints_test import fill
 from tests.training.checkpoints_test import opened
@@ -62,12 +63,12 @@ sys.addaudithook(_audit)
 @pytest.mark.parametrize(
     "keep,saved,step,old",
     [
-        (1, [(1, 1)], 2, (1, 1)),
+        sets.thorough(1, [(1, 1)], 2, (1, 1)),
         (2, [(1, 1), (2, 2)], 3, (2, 2)),
         (1, [(3, 1)], 3, (3, 1)),
-        (2, [(1, 1), (3, 2)], 3, (3, 2)),
+        sets.thorough(2, [(1, 1), (3, 2)], 3, (3, 2)),
         (1, [(1, 1), (3, -1)], 3, (1, 1)),
-        (1, [(1, 1), (9, -1)], 3, (1, 1)),
+        sets.thorough(1, [(1, 1), (9, -1)], 3, (1, 1)),
     ],
 )
 def test_a_kill_at_any_call_leaves_old_or_new(tmp_path, keep, saved, step, old):

@@ -4,6 +4,7 @@ import pytest
 
 from moe_tf import optimizers
 from moe_tf.training import compiled_updates
+from tests import sets
 
 
 def trained(make_optimizer, compiled):
@@ -37,7 +38,7 @@ def trained(make_optimizer, compiled):
             keras.optimizers.schedules.ExponentialDecay(1e-2, 5, 0.9),
             global_clipnorm=1.0,
         ),
-        lambda: optimizers.FactoredAdam(1e-2),
+        sets.thorough(lambda: optimizers.FactoredAdam(1e-2)),
     ],
 )
 def test_trains_as_without(make_optimizer):

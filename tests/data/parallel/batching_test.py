@@ -240,7 +240,7 @@ def test_the_stream_is_what_it_was():
 
 
 @pytest.mark.parametrize(
-    "weights", [None, {"en_de": 1, "fr_en": 2, "en_fr": 0.01}]
+    "weights", [sets.thorough(None), {"en_de": 1, "fr_en": 2, "en_fr": 0.01}]
 )
 def test_a_later_start_is_the_tail_of_the_stream(prepared, weights):
     if weights:

@@ -200,7 +200,9 @@ def test_gradient_of_the_kernel_touches_drawn_rows_alone():
 
 
 @pytest.mark.parametrize("num_tokens", [0, *map(sets.thorough, (1, 7, 8)), 9])
-@pytest.mark.parametrize("chunk_tokens", [1, 4, 1000])
+@pytest.mark.parametrize(
+    "chunk_tokens", [sets.thorough(1), 4, sets.thorough(1000)]
+)
 def test_chunks_match_tensorflow(num_tokens, chunk_tokens):
     features, kernel, targets_T = random_batch(num_tokens, 4, 11, "float64")
     weights_T = np.random.default_rng(1).normal(size=num_tokens)

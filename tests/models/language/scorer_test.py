@@ -110,7 +110,7 @@ def test_loss_is_the_mean_over_words_and_the_balancing_losses():
     assert float(total) == pytest.approx(mean + balancing, rel=1e-5)
 
 
-@pytest.mark.parametrize("num_sampled", [None, 10])
+@pytest.mark.parametrize("num_sampled", [sets.thorough(None), 10])
 @pytest.mark.parametrize("variant", [sets.thorough("MoE-1-Wide"), "MoE-8"])
 def test_padding_changes_neither_loss_nor_gradients_nor_metrics(
     variant, num_sampled

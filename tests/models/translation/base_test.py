@@ -27,6 +27,7 @@ CASES = {
     "Transformer": {},
     "Transformer-MoE-4": {"tie_embeddings": False},
 }
+QUICK = "GNMT-MoE-2x3-h", "GNMT-wide", "Transformer-MoE-4"
 LENGTHS = np.array([6, 3, 5])
 
 
@@ -65,7 +66,10 @@ def close(got, want, tolerance=1e-4):
     np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    sets.split(CASES, QUICK),
+)
 def test_logits_match_numpy_and_so_does_stepping(name):
     model, inputs = spread(make(name)), batch()
     logits = model(inputs)
@@ -144,7 +148,10 @@ def test_same_seed_same_draws_and_layers_draw_apart(name):
     assert len(drawn) == len(set(drawn)) >= 3
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    sets.split(CASES, QUICK),
+)
 def test_without_dropout_and_noise_training_is_inference(name):
     moe = {"gating": "softmax_top_k"} if name[-1] in "46" else {}
     if name.endswith("-h"):
@@ -240,7 +247,9 @@ def test_mixed_precision_is_close_to_float32(name):
     assert mixed_norm == pytest.approx(norm, rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["GNMT-MoE-2x3-h", "Transformer-MoE-4"])
+@pytest.mark.parametrize(
+    "name", ["GNMT-MoE-2x3-h", sets.thorough("Transformer-MoE-4")]
+)
 def test_saved_model_computes_the_same(name, tmp_path):
     model, inputs = spread(make(name)), batch()
     model.save(tmp_path / "model.keras")

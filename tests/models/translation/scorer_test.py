@@ -113,6 +113,7 @@ def test_loss_is_the_smoothed_mean_and_perplexity_is_not(label_smoothing):
     assert scorer(x).dtype == tf.float32
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name,settings",
     [

@@ -5,6 +5,7 @@ import pytest
 from moe_tf.models import layer_specs as layers
 from moe_tf.models.translation import factory
 from moe_tf.models.translation import variants
+from tests import sets
 
 SMALL = {"width": 16}
 NAMES = [
@@ -73,7 +74,7 @@ def test_experts_of_half_a_net_cost_what_the_net_does():
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [sets.thorough(0), 1])
 def test_weights_are_as_many_as_counted(name, number):
     sizes = {"width": 16}
     if name.startswith("GNMT") and number:
