@@ -181,7 +181,12 @@ def test_full_disk_leaves_the_last_good_checkpoint(finished, tmp_path):
         cwd=REPOSITORY,
         capture_output=True,
         timeout=300,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(
+                [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+            ),
+        },
     )
     assert result.returncode == 1
     assert "Could not save step 6" in result.stderr.decode()
