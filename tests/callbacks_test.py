@@ -10,6 +10,7 @@ from tensorboard.util import tensor_util
 from moe_tf import callbacks
 from moe_tf import tags
 from moe_tf.layers import moe
+from tests import sets
 
 
 def model_with_two_layers(num_experts=4):
@@ -142,7 +143,7 @@ def test_bad_frequency_is_refused(tmp_path):
         (1, 4, 2, [2, 4]),  # 16 batches are 4 steps
         # Keras calls back after 8 and 16.
         (8, None, 5, [8, 16]),
-        (1, None, 5, [5, 10, 15]),
+        sets.slow(1, None, 5, [5, 10, 15]),
     ],
 )
 def test_writes_by_the_optimizers_step(

@@ -65,7 +65,14 @@ def pytest_collection_finish(session):
     gc.freeze()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Long files first, so that no worker is left with one at the end."""
+    """Long files first, so that no worker is left with one at the end.
+
+    What is thorough for two reasons, for its size and for XLA say, is slow.
+    """
+    for item in items:
+        if len(list(item.iter_markers("thorough"))) > 1:
+            item.add_marker("slow")
     long = ("tests/trainers/", "tests/training/", "tests/distribute/")
     items.sort(key=lambda item: not item.nodeid.startswith(long))

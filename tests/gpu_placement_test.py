@@ -93,7 +93,7 @@ CASES = [
         case
         if case == ("noisy_top_k", "drops")
         else sets.thorough(*case)
-        if case[0] == "noisy_top_k" or case[1] == "dropless"
+        if case[0] == "noisy_top_k" or case[0] == "hierarchical_batchwise"
         else sets.slow(*case)
         for case in CASES
     ],

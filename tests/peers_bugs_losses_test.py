@@ -317,7 +317,7 @@ def test_accumulation_takes_the_mean_of_the_balance_gradients():
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", ["noisy_top_k", sets.thorough("hierarchical")])
+@pytest.mark.parametrize("name", ["noisy_top_k", sets.slow("hierarchical")])
 def test_loss_scaling_gives_the_router_the_gradient_of_float32(name):
     # The balance loss is to be scaled and unscaled as the task's is.
     x_TD = np.round(8 * tokens(16)) / 8  # exact in float16

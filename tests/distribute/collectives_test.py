@@ -9,6 +9,7 @@ from moe_tf.distribute import MeshStrategy
 from moe_tf.distribute import collectives
 from tests import process
 from tests import sets
+from tests.distribute import models
 
 
 def dense_model(length):
@@ -31,6 +32,7 @@ def steps(optimizer):
                 keras.losses.SparseCategoricalCrossentropy(True),
                 metrics=["accuracy"],
             )
+            models.build_slots(model)
         tokens = np.zeros((8, length), "int32")
         found[length] = collectives.list_collectives(
             model.train_on_batch, tokens, tokens

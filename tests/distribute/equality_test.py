@@ -56,7 +56,6 @@ QUICK = ("adam", "factored_adam")
 OTHERS = {
     TWO_AXES: tuple(name for name in MAIN if name not in QUICK),
     (("batch", 4),): ("adam",),
-    (("batch", 1),): ("adam",),
 }
 # With 16 bits sums in another order differ by that much.
 DTYPES = {"float64": 5e-7, "mixed_float16": 2e-2, "mixed_bfloat16": 5e-2}
@@ -85,6 +84,7 @@ def train(name, scope=None, policy="float32", experts=4):
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             metrics=["accuracy"],
         )
+        models.build_slots(model)
     losses = []
     x, y = data()
     for step in range(STEPS):
@@ -220,7 +220,7 @@ def train_with_merged_all_reduces():
     return list(train_on({TWO_AXES: ("adam",)}, ()).values())
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_merged_all_reduces_break_equality():
     """The reason for `all_reduces`: without it Adam is wrong, unnoticed."""
     pair = process.run(train_with_merged_all_reduces, env={MERGE: "1"})

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 import moe_tf
 from tests import process
+from tests.distribute import models
 
 RNG = np.random.default_rng(0)
 X = RNG.integers(1, 31, (16, 3), "int32")
@@ -24,14 +25,13 @@ def make(scope=None):
         x = keras.layers.Embedding(32, 8, mask_zero=True)(inputs)
         # A loop, which ended the process before it was unrolled.
         x = keras.layers.LSTM(8, return_sequences=True)(x)
-        x = keras.layers.GRU(8, return_sequences=True)(x)
         x = moe_tf.SparseMoE(
             4, 12, 2, capacity_factor=1.0, num_groups=4, seed=1, name="moe"
         )(x)
         model = keras.Model(inputs, keras.layers.Dense(32)(x))
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile("adam", loss, jit_compile=False)
-    return model
+        return models.build_slots(model)
 
 
 def leave():

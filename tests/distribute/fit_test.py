@@ -76,8 +76,7 @@ def on_batch(model):
     return {
         "train": model.train_on_batch(X[:5], Y[:5]),
         "weighted": model.train_on_batch(X[:4], Y[:4], WEIGHTS[:4]),
-        "class_weight": model.train_on_batch(X[:4], Y[:4], class_weight=OFTEN),
-        "test": model.test_on_batch(X[:6], Y[:6]),
+        "test": model.test_on_batch(X[:5], Y[:5]),
         "predict": model.predict_on_batch(X[:5]),
     }
 
@@ -124,8 +123,9 @@ WAYS = {
 }
 
 
+# Eager steps take seconds each.
+EAGER = {"eager": fit(X[:5], Y[:5], epochs=1)}
 OPTIONS = {
-    "eager": {"run_eagerly": True},
     "several_steps": {"steps_per_execution": 2},
     "xla": {"jit_compile": True},
 }
@@ -172,7 +172,7 @@ def run(ways, scope=None, **kwargs):
 # Those that are much like another wait for the slow test.
 SIMILAR = (
     *("class_weight", "evaluate_weighted", "sample_weight", "workers"),
-    "validation_data",
+    *("validation_data", "xla"),
 )
 
 
@@ -181,9 +181,10 @@ def unknown():
 
 
 def run_similar():
-    ways = {name: WAYS[name] for name in SIMILAR}
-    strategy = MeshStrategy(AXES)
-    return run(ways), run(ways, strategy.scope())
+    ways = {name: WAYS[name] for name in SIMILAR if name in WAYS}
+    strategy, plain = MeshStrategy(AXES), {"xla": fit(dataset)}
+    one, mesh = run(ways | plain), run(ways, strategy.scope())
+    return one, mesh | run(plain, strategy.scope(), **OPTIONS["xla"])
 
 
 QUICK = ("arrays", "predict")
@@ -201,9 +202,12 @@ def run_others():
     }
     strategy = MeshStrategy(AXES)
     scope, plain = strategy.scope(), {"plain": fit(dataset)}
-    one = run(ways | plain)
+    one = run(ways | plain | EAGER)
     mesh = run(ways, scope)
+    mesh |= run(EAGER, strategy.scope(), run_eagerly=True)
     for name, options in OPTIONS.items():
+        if name in SIMILAR:
+            continue
         mesh[name] = run(plain, strategy.scope(), **options)["plain"]
         one[name] = one["plain"]
     # On one device Keras's last, empty step of data of unknown length counts
@@ -224,7 +228,7 @@ results = functools.cache(process.run)
         else sets.slow(name)
         if name in SIMILAR
         else sets.thorough(name)
-        for name in (*WAYS, *OPTIONS, "unknown")
+        for name in (*WAYS, *EAGER, *OPTIONS, "unknown")
     ],
 )
 def test_equals_one_device(name):

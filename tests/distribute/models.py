@@ -66,3 +66,13 @@ def language_model(vocabulary=31, width=8, length=6, dropout=0.2, experts=4):
     x = keras.layers.LayerNormalization()(x)
     outputs = keras.layers.Dense(vocabulary, dtype="float32")(x)
     return keras.Model(inputs, outputs)
+
+
+def build_slots(model):
+    """Builds the optimizer, as the first step would.
+
+    A step that makes variables is traced twice, which takes seconds on a mesh.
+    To be called where the model is made.
+    """
+    model.optimizer.build(model.trainable_variables)
+    return model

@@ -15,6 +15,7 @@ from moe_tf.dispatch import capacity
 from moe_tf.distribute import collectives
 from tests import process
 from tests import sets
+from tests.distribute import models
 
 BATCH_4 = (("batch", 4),)
 TWO_AXES = (("batch", 2), ("expert", 2))
@@ -84,7 +85,7 @@ def model_of(settings):
     model = keras.Model(inputs, keras.layers.Dense(31)(x))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(1e-2), loss, jit_compile=False)
-    return model
+    return models.build_slots(model)
 
 
 @functools.cache
@@ -156,6 +157,7 @@ def exchanged(axes, names):
                 layer = moe_tf.SparseMoE(8, 12, num_groups=4, **CASES[name])
                 model.add(layer)
                 model.compile("sgd", "mse", jit_compile=False)
+                models.build_slots(model)
             x_BLD = np.random.default_rng(0).normal(size=(8, length, 8))
             found[name, length] = collectives.list_collectives(
                 model.train_on_batch, x_BLD.astype("float32"), x_BLD
@@ -172,7 +174,7 @@ def slots_of(settings, num_tokens):
 
 @pytest.mark.parametrize(
     "names",
-    [QUICK, sets.thorough(APART), sets.slow(("batchwise", "switch"))],
+    [QUICK, *map(sets.slow, (APART, ("batchwise", "switch")))],
     ids=str,
 )
 def test_a_layer_costs_two_all_to_alls_forward_and_two_backward(names):

@@ -32,7 +32,7 @@ def make(scope=None):
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             metrics=["accuracy"],
         )
-    return model
+        return models.build_slots(model)
 
 
 def own_batches(strategy):

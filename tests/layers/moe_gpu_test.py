@@ -79,10 +79,7 @@ def batch(dtype="float32", masked=True):
     [
         sets.thorough("expert_choice", False),
         ("dropless", True),
-        *(
-            sets.thorough(name, False)
-            for name in ("noisy", "capacity", "by_value", "batchwise")
-        ),
+        sets.thorough("by_value", False),
         *(
             pytest.param(name, name != "dropless", marks=pytest.mark.slow)
             for name in SETTINGS

@@ -13,7 +13,7 @@ def tokens(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_same_seed_same_training():
     x_BLD, y_BLD = tokens(6, 3, 6), tokens(6, 3, 6, seed=1)
     histories = []
@@ -48,7 +48,7 @@ def functional():
 @pytest.mark.parametrize(
     "make,jit_compile",
     [
-        sets.thorough(sequential, False),
+        sets.slow(sequential, False),
         sets.thorough(functional, True),
         sets.thorough(Subclassed, False),
         pytest.param(sequential, True, marks=pytest.mark.slow),

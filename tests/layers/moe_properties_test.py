@@ -151,6 +151,7 @@ COMPILED = [
     sets.split(
         itertools.product((None, 20.0), COMPILED),
         [(None, COMPILED[0])],
+        [(None, COMPILED[1]), (20.0, COMPILED[0]), (20.0, COMPILED[2])],
     ),
     ids=repr,
 )

@@ -233,7 +233,9 @@ def test_experts_without_tokens():
     np.testing.assert_allclose(sum(layer.losses), 0.2 * 7, rtol=1e-6)
 
 
-@pytest.mark.parametrize("num_experts,k", sets.split(SIZES, SIZES[:1]))
+@pytest.mark.parametrize(
+    "num_experts,k", sets.split(SIZES, SIZES[:1], SIZES[1:4])
+)
 @pytest.mark.parametrize(
     "masked", [pytest.param(False, marks=pytest.mark.slow), True]
 )

@@ -114,7 +114,7 @@ SIZES = [
         [
             (name, *size, True)
             for name in NAMES
-            for size in (SIZES[0], *SIZES[2:4])
+            for size in (SIZES[0], *SIZES[2:5])
         ],
     ),
 )

@@ -379,6 +379,7 @@ def test_all_experts_for_every_token(name, jit_compile):
     sets.split(
         itertools.product(NAMES, (False, True)),
         [*((name, False) for name in NAMES), ("noisy_top_k", True)],
+        [("softmax_top_k", True), ("expert_choice", True)],
     ),
 )
 def test_equal_logits_are_settled_by_order(name, jit_compile):

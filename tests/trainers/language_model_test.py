@@ -14,6 +14,7 @@ from tests.trainers import runs
 
 SIX_STEPS = ("--config.train.steps=6", "--config.train.evaluate_every=2")
 TRAINER = runs.Trainer("moe_tf_trainers.language_model", "lm_demo.py:tiny")
+MANY_STEPS = ("--config.train.steps=600", SIX_STEPS[1])
 REPOSITORY = runs.REPOSITORY
 command, run = TRAINER.command, TRAINER.run
 
@@ -216,7 +217,7 @@ def test_a_terminal_gets_a_bar(tmp_path):
 @pytest.mark.thorough
 def test_interrupt_says_how_to_go_on(tmp_path, seed_corpus):
     code, told = TRAINER.signal_at(
-        seed_corpus(tmp_path), runs.saved(2), signal.SIGINT, *SIX_STEPS
+        seed_corpus(tmp_path), runs.saved(2), signal.SIGINT, *MANY_STEPS
     )
     assert code == 130
     assert b"same command" in told and b"Traceback" not in told

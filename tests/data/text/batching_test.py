@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from moe_tf.data.text import batching
 from moe_tf.data.text import preparation
 from moe_tf.data.vocabulary import Vocabulary
+from tests import sets
 
 # Printable, and every control character but the one that ends a line.
 ODD = "".join(map(chr, range(1, 10))) + "".join(map(chr, range(11, 48)))
@@ -284,7 +285,9 @@ def test_a_new_process_goes_on_with_the_same_batches(
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("split", ["train", "validation", "test"])
+@pytest.mark.parametrize(
+    "split", ["train", *map(sets.slow, ("validation", "test"))]
+)
 def test_the_formula_counts_real_batches(sotu_prepared, split):
     found = sotu_prepared.statistics[split]
     count = batching.batches_per_pass(found, 4096, 100)

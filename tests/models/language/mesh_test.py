@@ -44,6 +44,7 @@ def train(case, scope):
         )
         scorer.build()
         scorer.compile_for_words(kind(0.01), jit_compile=False)
+        scorer.optimizer.build(scorer.trainable_variables)
     tokens = np.random.default_rng(0).integers(4, VOCABULARY, (8, 6), "int32")
     tokens[:, 4:] *= np.arange(8)[:, None] % 2  # padding
     inputs = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}

@@ -54,7 +54,7 @@ def text(*shape):
     [
         (name, width)
         if width or not name.startswith("MoE-256")
-        else sets.thorough(name, width)
+        else sets.slow(name, width)
         for name in [*NAMES, "MoE-256", "MoE-256-h", "MoE-34M", "MoE-143M"]
         for width in (16, None)
         # Their orthogonal start alone takes half a minute, or the weights

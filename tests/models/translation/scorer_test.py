@@ -117,7 +117,7 @@ def test_loss_is_the_smoothed_mean_and_perplexity_is_not(label_smoothing):
 @pytest.mark.parametrize(
     "name,settings",
     [
-        sets.thorough("GNMT-MoE-4", {"bidirectional": True}),
+        sets.slow("GNMT-MoE-4", {"bidirectional": True}),
         ("Transformer-MoE-4", {}),
     ],
 )

@@ -49,7 +49,7 @@ def greedy_by_hand(model, wordpieces, text, language, limit):
     return wordpieces.decode([tokens])[0].numpy()
 
 
-@pytest.mark.parametrize("language", ["de", sets.thorough("fr")])
+@pytest.mark.parametrize("language", ["de", sets.slow("fr")])
 def test_greedy_equals_whole_passes_by_hand(parts, language):
     model, wordpieces = parts
     ratio = 1.0
@@ -67,7 +67,9 @@ def test_greedy_equals_whole_passes_by_hand(parts, language):
     assert (other[:, 0] == wordpieces.language_id("de")).numpy().all()
 
 
-@pytest.mark.parametrize("method", sets.split(translator.METHODS, ("beam",)))
+@pytest.mark.parametrize(
+    "method", sets.split(translator.METHODS, ("beam",), ("greedy",))
+)
 def test_neither_the_batch_nor_padding_matters(parts, method):
     number = 1 if method == "greedy" else 2
     settings = translator.Settings(
