@@ -16,6 +16,7 @@ from keras import ops
 
 import moe_tf
 from tests import process
+from tests import sets
 
 ROOT = pathlib.Path(__file__).parents[1]
 SUBFACES = (
@@ -50,6 +51,12 @@ OVERRIDES = {
 OWN_PROCESS = {
     "moe_tf.distribute.MeshStrategy",
     "moe_tf.distribute.start_cluster",
+}
+# Their examples train models, or make virtual devices: seconds.
+LONG = {
+    *OWN_PROCESS,
+    "moe_tf.models.NextWordScorer",
+    "moe_tf.models.TranslationScorer",
 }
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
@@ -97,7 +104,10 @@ def run_example(address):
     return "".join(printed)
 
 
-@pytest.mark.parametrize("address", sorted(OBJECTS))
+@pytest.mark.parametrize(
+    "address",
+    sets.split(sorted(OBJECTS), [x for x in sorted(OBJECTS) if x not in LONG]),
+)
 def test_example_runs(address):
     assert "Example:\n" in (OBJECTS[address].__doc__ or "")
     if address in OWN_PROCESS:
@@ -157,6 +167,7 @@ def test_annotations_are_shipped():
     assert (ROOT / "moe_tf/py.typed").exists()
 
 
+@pytest.mark.thorough
 def test_importing_moe_tf_needs_no_extra():
     extras = {
         "jax",

@@ -3,6 +3,7 @@
 import json
 
 import matplotlib
+import pytest
 import tensorflow as tf
 
 from moe_tf.data.text import sotu
@@ -33,5 +34,6 @@ def run_tiny():
     assert names["TINY"]
 
 
+@pytest.mark.thorough
 def test_the_code_runs():
     process.run(run_tiny, env={"MOE_TF_TINY_TUTORIAL": "1"})

@@ -69,6 +69,7 @@ def test_every_package_is_listed():
     assert listed == sorted(path.replace("/", ".") for path in packages)
 
 
+@pytest.mark.thorough
 def test_the_wheel_has_all_modules_and_no_other_names(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -76,6 +77,7 @@ def test_the_wheel_has_all_modules_and_no_other_names(wheel):
     assert installed == modules() | {"moe_tf/py.typed"}
 
 
+@pytest.mark.thorough
 def test_commands_and_experiments_work_far_from_the_clone(wheel, tmp_path):
     target, elsewhere = tmp_path / "target", tmp_path / "elsewhere"
     elsewhere.mkdir()

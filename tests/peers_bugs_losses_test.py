@@ -295,6 +295,7 @@ def test_a_functional_model_recomputes():
         assert np.abs(variable - old).max() > 0, variable.path
 
 
+@pytest.mark.thorough
 def test_accumulation_takes_the_mean_of_the_balance_gradients():
     # torchtitan #4772, NeMo Automodel #1408: lost, or of another scale.
     x_BTD = tokens(2, 8)

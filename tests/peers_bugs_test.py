@@ -237,7 +237,8 @@ def test_any_number_of_tokens_goes_through_one_graph():
         np.testing.assert_allclose(run(x_TD), layer(x_TD), rtol=1e-9)
 
 
-@pytest.mark.parametrize("capacity_factor", [sets.thorough(None), 0.25])
+@pytest.mark.thorough
+@pytest.mark.parametrize("capacity_factor", [sets.slow(None), 0.25])
 def test_an_export_serves_experts_that_no_example_used(
     capacity_factor, tmp_path
 ):

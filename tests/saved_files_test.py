@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests import sets
 from tests.trainers import runs
 
 SAVED = pathlib.Path(__file__).parent / "saved"
@@ -74,7 +75,7 @@ def test_keras_files_give_what_they_gave(name):
 
 @pytest.mark.parametrize(
     "trainer,name",
-    [(LANGUAGE_MODEL, "lm_run"), (TRANSLATION, "mt_run")],
+    [(LANGUAGE_MODEL, "lm_run"), sets.thorough(TRANSLATION, "mt_run")],
     ids=["language_model", "translation"],
 )
 def test_runs_go_on_and_print_what_they_printed(trainer, name, tmp_path):

@@ -51,8 +51,7 @@ def words(source_S):
 @pytest.mark.parametrize(
     "seed,alpha,beta",
     [
-        (0, 0.2, 0.2),
-        *map(sets.thorough, (1, 2), (0.0, 1.0), (0.0, 0.0)),
+        *map(sets.thorough, (0, 1, 2), (0.2, 0.0, 1.0), (0.2, 0.0, 0.0)),
         (3, 0.6, 1.0),
     ],
 )

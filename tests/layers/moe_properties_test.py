@@ -331,8 +331,7 @@ def test_the_order_of_tokens_does_not_matter(gating, training, case, data):
     "gating",
     [
         "noisy_top_k",
-        *map(sets.thorough, ("softmax_top_k", "switch")),
-        "batchwise",
+        *map(sets.thorough, ("softmax_top_k", "switch", "batchwise")),
     ],
 )
 @hypothesis.settings(few, max_examples=6)
@@ -350,7 +349,7 @@ def test_alone_as_in_a_batch(gating, case):
     assert_same(total, together[3:])
 
 
-@pytest.mark.parametrize("gating,training", sets.split(WAYS, WAYS[1:4:2]))
+@pytest.mark.parametrize("gating,training", sets.split(WAYS, WAYS[3:4]))
 @hypothesis.settings(few, max_examples=6)
 @hypothesis.given(case=cases(), data=st.data())
 def test_the_names_of_the_experts_do_not_matter(gating, training, case, data):

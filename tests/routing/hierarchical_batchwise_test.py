@@ -36,6 +36,7 @@ class HierarchicalBatchwiseTest(keras_contract.TestCase):
             call_kwargs={"training": True},
         )
 
+    @pytest.mark.thorough
     def test_contract_of_the_layer(self):  # trains too, and is saved
         self.run_layer_test(
             moe.SparseMoE,

@@ -53,8 +53,10 @@ def text(*shape):
     "name,width",
     [
         (name, width)
-        if width or not name.startswith("MoE-256")
-        else sets.slow(name, width)
+        if width
+        else (sets.slow if name.startswith("MoE-256") else sets.thorough)(
+            name, width
+        )
         for name in [*NAMES, "MoE-256", "MoE-256-h", "MoE-34M", "MoE-143M"]
         for width in (16, None)
         # Their orthogonal start alone takes half a minute, or the weights
@@ -216,7 +218,9 @@ def test_same_seed_same_draws_and_layers_draw_apart():
     assert len(seeds) == 3
 
 
-@pytest.mark.parametrize("name", ["LSTM-2048-512", "MoE-1-Deep", "MoE-32"])
+@pytest.mark.parametrize(
+    "name", [*map(sets.thorough, ("LSTM-2048-512", "MoE-1-Deep")), "MoE-32"]
+)
 def test_mixed_precision_is_close_to_float32(name):
     tokens, targets = text(4, 8), text(4, 8)
     results = []

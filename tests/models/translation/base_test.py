@@ -281,7 +281,11 @@ def test_config_holds_every_argument(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["GNMT", pytest.param("Transformer", marks=pytest.mark.slow)]
+    "name",
+    [
+        sets.thorough("GNMT"),
+        pytest.param("Transformer", marks=pytest.mark.slow),
+    ],
 )
 def test_an_exported_model_takes_ids_of_any_length(name, tmp_path):
     model = make(name)
