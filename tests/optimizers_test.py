@@ -252,11 +252,12 @@ def test_training_resumes_from_a_saved_model(tmp_path, beta_1):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "arguments",
     [
         {"beta_1": 0.9},
-        *map(sets.thorough, ({}, {"gradient_accumulation_steps": 2})),
+        *map(sets.slow, ({}, {"gradient_accumulation_steps": 2})),
     ],
 )
 def test_xla_trains_alike(arguments):

@@ -347,7 +347,8 @@ def test_loss_scaling_gives_the_router_the_gradient_of_float32(name):
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [sets.thorough("noisy_top_k"), "hierarchical"])
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["noisy_top_k", "hierarchical"])
 def test_the_default_losses_undo_a_collapse(name):
     # torchtitan #1246.
     layer = every_router.layer(name)

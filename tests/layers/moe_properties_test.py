@@ -309,7 +309,7 @@ def test_padding_anywhere_changes_nothing(
         np.testing.assert_allclose(got_array, want_array, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("gating,training", sets.split(WAYS, WAYS[:5:4]))
+@pytest.mark.parametrize("gating,training", sets.split(WAYS, WAYS[:1]))
 @hypothesis.settings(few, max_examples=6)
 @hypothesis.given(case=cases(least_tokens=2), data=st.data())
 def test_the_order_of_tokens_does_not_matter(gating, training, case, data):

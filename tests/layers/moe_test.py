@@ -233,9 +233,7 @@ def test_experts_without_tokens():
     np.testing.assert_allclose(sum(layer.losses), 0.2 * 7, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "num_experts,k", sets.split(SIZES, SIZES[:1], SIZES[1:4])
-)
+@pytest.mark.parametrize("num_experts,k", sets.split(SIZES, (), SIZES[1:4]))
 @pytest.mark.parametrize(
     "masked", [pytest.param(False, marks=pytest.mark.slow), True]
 )
@@ -263,6 +261,7 @@ def test_xla_gives_the_same_values_and_gradients(num_experts, k, masked):
         np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.thorough
 def test_training_under_xla_matches_the_numpy_oracle():
     # XLA draws other noise from the same seed, so the draws are taken there.
     layer = layer_with_weights()

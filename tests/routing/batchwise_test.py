@@ -218,7 +218,7 @@ def test_the_threshold_loss_counts_tokens(masked, jit_compile):
 
 
 @sets.JIT_COMPILE
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [sets.thorough(False), True])
 def test_padding_does_not_change_what_is_reported(training, jit_compile):
     # Also outside training, where the thresholds themselves choose, so that
     # the threshold loss is 0.

@@ -185,11 +185,12 @@ def test_the_threshold_loss_counts_tokens_at_both_levels(masked, jit_compile):
     assert float(layer.balance.latest()["threshold_loss"]) == 0.0
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize(
-    "num_groups,masked", [(None, True), sets.thorough(3, False)]
+    "num_groups,masked", [(None, True), sets.slow(3, False)]
 )
 def test_gradients_match_finite_differences(num_groups, masked, jit_compile):
     # Of the task and the importance, through both gates. Equation 20 has a

@@ -13,6 +13,7 @@ from tests.reference import moe as flat_reference
 
 
 class HierarchicalTest(keras_contract.TestCase):
+    @pytest.mark.thorough
     def test_contract(self):
         self.run_layer_test(
             moe.SparseMoE,
@@ -127,7 +128,7 @@ def test_expected_load_is_near_the_number_of_tokens():
 @pytest.mark.parametrize(
     "jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [sets.thorough(False), True])
 @pytest.mark.parametrize(
     "branching,k",
     [((3, 4), 2), sets.thorough((2, 3), 1), sets.thorough((2, 2), 2)],

@@ -19,7 +19,7 @@ CELLS = {
     "length", [*map(sets.thorough, (1, 8)), 9, sets.thorough(10)]
 )
 @pytest.mark.parametrize("name", CELLS)
-@pytest.mark.parametrize("wrap", [lambda f: f, tf.function])
+@pytest.mark.parametrize("wrap", [sets.thorough(lambda f: f), tf.function])
 def test_equals_the_loop_of_keras(name, length, wrap):
     random = np.random.default_rng(0)
     x_BLI = tf.constant(random.normal(size=(3, length, 5)))

@@ -124,6 +124,7 @@ def mean_over_draws(function, num_steps):
     return np.mean([np.asarray(compiled()) for _ in range(num_steps)], axis=0)
 
 
+@pytest.mark.thorough
 def test_partition_function_is_estimated_without_bias():
     features_TD, kernel_VD, targets_T = random_batch(5, 4, 40)
     logits_TV = features_TD @ kernel_VD.T

@@ -160,7 +160,9 @@ def test_without_dropout_and_noise_training_is_inference(name):
     close(model(inputs, training=True), model(inputs))
 
 
-@pytest.mark.parametrize("name", ["GNMT-MoE-6", "Transformer-MoE-4"])
+@pytest.mark.parametrize(
+    "name", ["GNMT-MoE-6", sets.thorough("Transformer-MoE-4")]
+)
 def test_settings_reach_every_mixture(name):
     moe = {"gating": "batchwise", "capacity_factor": 1.5, "recompute": True}
     model = make(name, moe={**moe, "k": 2})
