@@ -57,7 +57,7 @@ def whole_softmax(strategy):
     return step  # Its program is there as long as it is.
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_nothing_of_the_words_goes_by_way_of_the_host(tmp_path, seed_corpus):
     seed_corpus(tmp_path)
     on_host, run = process.run(language_model, True, tmp_path)

@@ -59,7 +59,7 @@ print((memory.high_water() - state) / (4 * 16 * 1024 * 1024))
 """
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_step_takes_no_memory_of_the_size_of_a_kernel():
     # Peaks less the optimizer's state, in kernels. The weights, the gradients

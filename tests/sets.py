@@ -40,3 +40,4 @@ def split(rows, default, slow_rows=()):
 
 # A program for XLA takes seconds to make.
 JIT_COMPILE = pytest.mark.parametrize("jit_compile", [False, thorough(True)])
+JIT_COMPILE_SLOW = pytest.mark.parametrize("jit_compile", [False, slow(True)])

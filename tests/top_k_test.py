@@ -104,7 +104,7 @@ def trained(way):
     return losses, sorted(found)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_on_a_mesh_it_changes_neither_losses_nor_what_is_sent():
     want, *got = (
         process.run(trained, way) for way in ("top_k", "read", "search")

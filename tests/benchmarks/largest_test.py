@@ -11,7 +11,7 @@ from tests import sets
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     "flags",
-    [sets.thorough(("--capacity_factor=2",)), sets.slow(())],
+    [sets.slow(("--capacity_factor=2",)), sets.slow(())],
 )
 def test_trains_and_tells_what_it_took(flags):
     result = subprocess.run(

@@ -13,7 +13,7 @@ def large_parent():
     return np.ones(2**26)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_row_grows_its_own_process_whatever_this_one_holds(large_parent):
     # 16 MiB each: weights in, weights out, gradients of both.
     setting = layer_kinds.Setting(tokens=8, width=512, hidden=8192, k=1)

@@ -71,7 +71,11 @@ def test_a_layer_with_capacity_multiplies_its_slots(factor, jit_compile):
             ("grouped", False, "float32"),
             ("capacity:1.0", False, "mixed_bfloat16"),
         ],
-        itertools.product(("grouped", "capacity:1.0"), (True,), ("float32",)),
+        itertools.product(
+            ("grouped", "capacity:1.0", "dense"),
+            (True,),
+            ("float32",),
+        ),
     ),
 )
 def test_a_step_returns_outputs_and_every_gradient(

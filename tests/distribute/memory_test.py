@@ -62,7 +62,7 @@ def found():
     return process.run(measured)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_each_device_holds_its_part_of_kernels_and_slots(found):
     _, by_variable, _ = found
     experts = [path for path in by_variable if "expert_" in path]
@@ -80,14 +80,14 @@ def test_each_device_holds_its_part_of_kernels_and_slots(found):
         assert 0 < size - 6 * KERNEL // DEVICES < 2**20
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_no_device_is_sent_as_much_as_its_part_of_a_kernel(found):
     *_, sent = found
     assert sent
     assert max(op.bytes for op in sent) < KERNEL // DEVICES / 8
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_process_takes_what_shards_take(found):
     grown = {name: size / KERNEL for name, size in found[0].items()}

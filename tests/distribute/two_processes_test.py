@@ -79,7 +79,7 @@ def compare(axes, all_wanted, folder):
         language_model_test.check(found)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_equals_one_device(folder):
     compare(BATCH_4, QUICK, folder)
 

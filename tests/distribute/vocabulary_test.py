@@ -44,7 +44,7 @@ def train(mesh, optimizers, folder):
     return found
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh,optimizers",
     [

@@ -279,6 +279,8 @@ WAYS = [
     sets.split(
         [(*way, factor) for way in WAYS for factor in (None, 0.75)],
         [(*way, (None, 0.75)[i % 2]) for i, way in enumerate(WAYS[::2])],
+        [(*way, None) for way in WAYS[1::2]]
+        + [(*WAYS[0], 0.75), (*WAYS[4], 0.75)],
     ),
 )
 @hypothesis.settings(few, max_examples=6)
@@ -309,7 +311,9 @@ def test_padding_anywhere_changes_nothing(
         np.testing.assert_allclose(got_array, want_array, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("gating,training", sets.split(WAYS, WAYS[:1]))
+@pytest.mark.parametrize(
+    "gating,training", sets.split(WAYS, WAYS[:1], WAYS[1:4])
+)
 @hypothesis.settings(few, max_examples=6)
 @hypothesis.given(case=cases(least_tokens=2), data=st.data())
 def test_the_order_of_tokens_does_not_matter(gating, training, case, data):
@@ -349,7 +353,9 @@ def test_alone_as_in_a_batch(gating, case):
     assert_same(total, together[3:])
 
 
-@pytest.mark.parametrize("gating,training", sets.split(WAYS, WAYS[3:4]))
+@pytest.mark.parametrize(
+    "gating,training", sets.split(WAYS, WAYS[3:4], WAYS[:3])
+)
 @hypothesis.settings(few, max_examples=6)
 @hypothesis.given(case=cases(), data=st.data())
 def test_the_names_of_the_experts_do_not_matter(gating, training, case, data):

@@ -150,7 +150,7 @@ def test_matches_the_numpy_oracle(
             assert without_T.any()
 
 
-@sets.JIT_COMPILE
+@sets.JIT_COMPILE_SLOW
 @pytest.mark.parametrize(
     "name,num_experts,k,masked",
     [

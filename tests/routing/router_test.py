@@ -168,7 +168,7 @@ def test_a_router_of_the_users_own_trains_masks_and_logs():
     "make",
     [
         lambda: CosineRouter(3, k=2, spread_weight=0.25),
-        sets.thorough(
+        sets.slow(
             lambda: softmax_top_k.SoftmaxTopKRouter(3, k=2, load_weight=0.5)
         ),
         sets.thorough(

@@ -110,7 +110,7 @@ def test_matches_the_numpy_oracle(name, num_experts, k, masked):
     assert float(latest["load_loss"]) == pytest.approx(want[1] / 0.7, abs=1e-6)
 
 
-@sets.JIT_COMPILE
+@sets.JIT_COMPILE_SLOW
 @pytest.mark.parametrize(
     "name,num_experts,k,masked",
     [

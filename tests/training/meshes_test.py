@@ -15,6 +15,7 @@ from moe_tf.training.translation.task import TranslationTask
 from moe_tf_configs import lm_demo
 from moe_tf_configs import mt_demo
 from tests import process
+from tests import sets
 
 
 def config_with(fields):
@@ -240,8 +241,7 @@ def sent(tmp_path_factory, seed_corpus):
     return process.run(what_a_step_sends, str(workdir))
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("name", SENT)
+@pytest.mark.parametrize("name", map(sets.thorough, SENT))
 def test_the_dry_run_tells_what_is_sent(sent, name):
     found, told = sent[name]
     size = SENT[name]["mesh.batch"]  # and of `expert`, where there is one

@@ -66,7 +66,7 @@ def test_matches_a_numpy_loop_whole_and_in_steps(form):
         np.testing.assert_allclose(weight_BS, want_weights[:, t], atol=1e-9)
 
 
-@sets.JIT_COMPILE
+@sets.JIT_COMPILE_SLOW
 def test_gradients_match_finite_differences(jit_compile):
     layer = make()
     x_BLD = tf.Variable(draw(B, L, D, seed=8))

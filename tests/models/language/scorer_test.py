@@ -111,7 +111,7 @@ def test_loss_is_the_mean_over_words_and_the_balancing_losses():
 
 
 @pytest.mark.parametrize("num_sampled", [sets.thorough(None), 10])
-@pytest.mark.parametrize("variant", [sets.thorough("MoE-1-Wide"), "MoE-8"])
+@pytest.mark.parametrize("variant", [sets.slow("MoE-1-Wide"), "MoE-8"])
 def test_padding_changes_neither_loss_nor_gradients_nor_metrics(
     variant, num_sampled
 ):
@@ -153,7 +153,7 @@ def test_batch_of_padding_alone_costs_nothing():
     assert all(np.isfinite(w).all() for w in scorer.get_weights())
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_same_seed_trains_the_same():
     x, y, weights = markov_text(8, 6, seed=0)
     losses = []

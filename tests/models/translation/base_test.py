@@ -94,7 +94,12 @@ def test_logits_match_numpy_and_so_does_stepping(name):
 
 
 @pytest.mark.parametrize(
-    "name", sets.split(CASES, ("GNMT-MoE-2x3-h", "Transformer-MoE-4"))
+    "name",
+    sets.split(
+        CASES,
+        ("GNMT-MoE-2x3-h", "Transformer-MoE-4"),
+        ("GNMT", "Transformer"),
+    ),
 )
 def test_later_words_and_padding_change_no_word_before(name):
     model, inputs = spread(make(name)), batch()

@@ -24,13 +24,13 @@ BATCHWISE = {**GNMT, "gating": "batchwise", "num_groups": 4}
 # Mesh and fields of the model. Four experts each, so that statistics of them
 # are known by their shape.
 QUICK = {
+    "Transformer": (TWO, {**SMALL, **DROPS, "moe_every": 1}),
+}
+SLOW = {
     "two levels": (
         SQUARE,
         {"variant": "GNMT-MoE-2x2-h", "k": 1, **BATCHWISE},
     ),
-    "Transformer": (TWO, {**SMALL, **DROPS, "moe_every": 1}),
-}
-SLOW = {
     "flat": (SQUARE, {"variant": "GNMT-MoE-4", "k": 2, **GNMT, **DROPS}),
     "batchwise": (FOUR, {"variant": "GNMT-MoE-4", "k": 2, **BATCHWISE}),
     "both ways": (
