@@ -37,3 +37,14 @@ def run_tiny():
 @pytest.mark.thorough
 def test_the_code_runs():
     process.run(run_tiny, env={"MOE_TF_TINY_TUTORIAL": "1"})
+
+
+def test_a_full_run_is_stored_with_its_pictures():
+    code = [cell for cell in cells() if cell["cell_type"] == "code"]
+    counts = [cell["execution_count"] for cell in code]
+    assert counts == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    pictures = [o for o in outputs if "image/png" in o.get("data", ())]
+    assert len(pictures) >= 3
+    assert all(output["output_type"] != "error" for output in outputs)
+    assert NOTEBOOK.stat().st_size < 400_000
