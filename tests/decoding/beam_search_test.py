@@ -90,7 +90,7 @@ def test_a_beam_that_holds_everything_finds_the_best_of_all(seed, alpha, beta):
 @pytest.mark.parametrize(
     "pruning,sharpness", [sets.thorough(None, 4.0), (3.0, 4.0), (0.7, 1.0)]
 )
-@pytest.mark.parametrize("beam_size", [1, *map(sets.thorough, (2,)), 4])
+@pytest.mark.parametrize("beam_size", [1, sets.thorough(2), 4])
 def test_matches_one_hypothesis_at_a_time(beam_size, pruning, sharpness):
     seed = beam_size
     translator, run = compiled(

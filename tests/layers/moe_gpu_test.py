@@ -77,13 +77,17 @@ def batch(dtype="float32", masked=True):
 @pytest.mark.parametrize(
     "name,recompute",
     [
-        sets.thorough("expert_choice", False),
         ("dropless", True),
+        sets.thorough("expert_choice", False),
         sets.thorough("by_value", False),
         *(
-            pytest.param(name, name != "dropless", marks=pytest.mark.slow)
-            for name in SETTINGS
+            sets.slow(name, recompute)
+            for name in ("noisy", "capacity", "batchwise")
+            for recompute in (False, True)
         ),
+        sets.slow("dropless", False),
+        sets.slow("expert_choice", True),
+        sets.slow("by_value", True),
     ],
 )
 def test_it_gives_what_tensorflows_products_give(as_on_a_gpu, name, recompute):

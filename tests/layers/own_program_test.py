@@ -9,21 +9,18 @@ import tensorflow as tf
 
 import moe_tf
 from tests import every_router
+from tests import sets
 
 # All of them take two minutes.
-CASES = [
-    pytest.param(
-        *case,
-        marks=[]
-        if case == ("noisy_top_k", 0.75, False)
-        else pytest.mark.thorough
-        if case == ("hierarchical", None, True)
-        else pytest.mark.slow,
-    )
-    for case in itertools.product(
-        every_router.SETTINGS, (None, 0.75), (False, True)
-    )
-]
+ALL_CASES = list(
+    itertools.product(every_router.SETTINGS, (None, 0.75), (False, True))
+)
+DEFAULT, THOROUGH = ("noisy_top_k", 0.75, False), ("hierarchical", None, True)
+CASES = sets.split(
+    ALL_CASES,
+    [DEFAULT],
+    [case for case in ALL_CASES if case not in (DEFAULT, THOROUGH)],
+)
 
 
 def step_of(layer, mask=None):

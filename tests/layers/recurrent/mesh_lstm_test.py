@@ -16,7 +16,7 @@ CELLS = {
 
 
 @pytest.mark.parametrize(
-    "length", [*map(sets.thorough, (1, 8)), 9, sets.thorough(10)]
+    "length", [9, *map(sets.thorough, (1, 8, 10)), *map(sets.slow, (3, 5))]
 )
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize("wrap", [sets.thorough(lambda f: f), tf.function])
