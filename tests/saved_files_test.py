@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import moe_tf  # noqa: F401 (registers the classes of the files)
 from tests import sets
 from tests.trainers import runs
 
